@@ -1,0 +1,2 @@
+//! The `deepspeed` command.
+fn main() {}

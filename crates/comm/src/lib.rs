@@ -1,0 +1,1 @@
+//! Process groups and collectives: world of one, threads, shared memory; the watchdog.

@@ -1,0 +1,1 @@
+//! ds_config.json to a typed, position-aware configuration.

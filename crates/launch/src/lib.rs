@@ -1,0 +1,1 @@
+//! Resources, filters, the launch plan, and the supervision of ranks.

@@ -1,0 +1,1 @@
+//! Counters, timers and the lines a user reads while training.

@@ -1,0 +1,1 @@
+//! ZeRO: units, shards, what is resident when; reduction and publication of shards.
