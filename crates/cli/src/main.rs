@@ -1,2 +1,51 @@
-//! The `deepspeed` command.
-fn main() {}
+//! The `deepspeed` command: launches a training program, or runs one of its own commands.
+//!
+//! A word such as `config` is a command only as the first argument, and only where no file of that name lies in the current folder: a
+//! script may have any name.
+
+mod config_command;
+
+use clap::Parser;
+use config_command::ConfigArgs;
+use std::env;
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+/// Commands that have a name but no content yet.
+const PLANNED: [&str; 4] = ["memory", "checkpoint", "bench", "doctor"];
+
+/// Checks, explains and describes ds_config.json files, without torch.
+#[derive(Debug, Parser)]
+#[command(name = "deepspeed config", bin_name = "deepspeed config", version)]
+struct ConfigCommand {
+    #[command(flatten)]
+    args: ConfigArgs,
+}
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = env::args_os().collect();
+    let word = args.get(1).and_then(|word| word.to_str()).filter(|word| !Path::new(word).exists());
+    match word {
+        Some("config") => {
+            let command = ConfigCommand::parse_from(args.into_iter().skip(1));
+            config_command::run(command.args)
+        }
+        Some(word) if PLANNED.contains(&word) => {
+            fail(&format!("the command `{word}` is not built yet (and there is no script of that name here)"))
+        }
+        Some(_) => deepspeed_launch::main_from_args(args),
+        None if args.len() < 2 => match deepspeed_launch::print_help() {
+            Ok(()) => ExitCode::from(2),
+            Err(_) => ExitCode::FAILURE,
+        },
+        None => deepspeed_launch::main_from_args(args),
+    }
+}
+
+fn fail(text: &str) -> ExitCode {
+    // Nobody can be told that stderr is gone.
+    let _ = writeln!(io::stderr(), "deepspeed: error: {text}");
+    ExitCode::from(2)
+}

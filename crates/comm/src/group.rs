@@ -96,7 +96,12 @@ pub trait Group: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`CommError`].
     fn reduce_scatter(
-        &self, what: &str, input: &Pieces<'_>, shard: &mut [f32], scale: f32, into: Into,
+        &self,
+        what: &str,
+        input: &Pieces<'_>,
+        shard: &mut [f32],
+        scale: f32,
+        into: Into,
     ) -> Result<f64, CommError>;
 
     /// Publishes the caller's shard and fills `output` with everybody's.
@@ -108,6 +113,10 @@ pub trait Group: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`CommError`].
     fn all_gather(
-        &self, what: &str, dtype: DType, produce: &mut Produce<'_>, output: &mut PiecesMut<'_>,
+        &self,
+        what: &str,
+        dtype: DType,
+        produce: &mut Produce<'_>,
+        output: &mut PiecesMut<'_>,
     ) -> Result<(), CommError>;
 }

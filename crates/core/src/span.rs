@@ -135,6 +135,17 @@ impl<'a> SpanMut<'a> {
         SpanMut { ptr, len, dtype: self.dtype, owner: PhantomData }
     }
 
+    /// The elements before and from `at`, as two spans.
+    ///
+    /// # Panics
+    /// If `at` is past the end.
+    pub fn split_at(self, at: usize) -> (SpanMut<'a>, SpanMut<'a>) {
+        assert!(at <= self.len, "span split at {at} of {}", self.len);
+        let Self { ptr, len, dtype, owner } = self;
+        let tail = ptr.wrapping_add(at * dtype.size());
+        (SpanMut { ptr, len: at, dtype, owner }, SpanMut { ptr: tail, len: len - at, dtype, owner })
+    }
+
     /// The elements as `f32`, if that is the dtype.
     pub fn as_f32_mut(&mut self) -> Option<&mut [f32]> {
         // SAFETY: the dtype matches, `from_raw` promised alignment, lifetime and exclusiveness.

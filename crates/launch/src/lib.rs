@@ -1,1 +1,135 @@
-//! Resources, filters, the launch plan, and the supervision of ranks.
+//! The launcher: which ranks a job has on this host, what each runs, and the watch over them until the last has ended.
+//!
+//! ```text
+//!   command line        this machine
+//!        |                   |
+//!    LaunchArgs         Surroundings        hostfile, GPUs, cores, environment files
+//!        |                   |
+//!        +---- plan::resolve +              pure: counts, filters, variables, cores, command lines
+//!                 |
+//!             LaunchPlan  --- --dry_run ---> printed
+//!                 |
+//!             preflight                     the script is there, the port is free
+//!                 |
+//!             supervise                     one process group for each rank, one poll loop
+//!               |    \
+//!            Merger   Watch                 pure: output line by line; when to end the job and whose fault it was
+//!                       |
+//!                 FailureReport             one report, the exit code of the first failure
+//! ```
+//!
+//! What a rank finds in its environment, on top of the launcher's own:
+//!
+//! | variable | value |
+//! |---|---|
+//! | `RANK`, `LOCAL_RANK` | its number in the job and on this host |
+//! | `WORLD_SIZE`, `LOCAL_SIZE` | the number of ranks, in the job and on this host |
+//! | `CROSS_RANK`, `CROSS_SIZE` | this host's number, and the number of hosts |
+//! | `MASTER_ADDR`, `MASTER_PORT` | where rank 0 awaits the others |
+//! | `CUDA_VISIBLE_DEVICES` | the GPUs of all local ranks (only where there are GPUs) |
+//! | `OMP_NUM_THREADS` | its share of the cores, at least 1, unless it is set already |
+//! | `DS_JOB_SECRET` | a random value by which the ranks of one job know each other |
+//! | names of `.deepspeed_env` | as that file says |
+//!
+//! Differences from the original launcher, each on purpose: a port that is not given is a free one; `--num_gpus` counts within
+//! `CUDA_VISIBLE_DEVICES` instead of setting it aside; `.deepspeed_env` holds on one host too; a per-rank log is written beside the
+//! console's output, not in its place; the signal that the launcher receives is the one that the ranks receive.
+
+#![deny(unsafe_code)]
+
+mod args;
+mod console;
+mod cores;
+mod descendants;
+mod display;
+mod env_file;
+mod error;
+mod evidence;
+mod filters;
+mod guard;
+mod hostfile;
+mod inbox;
+mod logs;
+mod merge;
+mod nearest;
+mod pid_file;
+mod plan;
+mod port;
+mod preflight;
+mod pty;
+mod report;
+mod resources;
+mod signals;
+mod spawn;
+mod supervise;
+mod surroundings;
+mod tail;
+mod watch;
+
+pub use args::{DEFAULT_HOSTFILE, LaunchArgs, LogLevel};
+pub use error::LaunchError;
+pub use filters::{Direction, HostFilter, HostSlots, Slot};
+pub use plan::{Interpreter, LaunchPlan, Note, RankPlan, SECRET_VARIABLE, resolve};
+pub use resources::Device;
+pub use surroundings::Surroundings;
+
+use clap::{CommandFactory, Parser};
+use console::Console;
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+/// The exit code for arguments that make no sense, as Python's argparse has it.
+const USAGE: u8 = 2;
+
+/// The whole launcher: `args` is the command line with the program's name first. Returns when the job is over.
+///
+/// Must be called on the main thread: the ranks' lives are tied to the thread that starts them.
+pub fn main_from_args(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    match LaunchArgs::try_parse_from(args) {
+        Ok(args) => main_from_parsed(&args),
+        Err(error) => {
+            // Nothing can be said where neither stdout nor stderr works.
+            let _ = error.print();
+            ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(USAGE))
+        }
+    }
+}
+
+/// The `--help` text without the flags' details, for a command line that is empty.
+pub fn print_help() -> io::Result<()> {
+    LaunchArgs::command().print_help()
+}
+
+fn main_from_parsed(args: &LaunchArgs) -> ExitCode {
+    let console = Console::new(args.level());
+    match launch(args, &console) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            console.error(&error.to_string());
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn launch(args: &LaunchArgs, console: &Console) -> Result<u8, LaunchError> {
+    let mut plan = resolve(args, &Surroundings::read(args)?)?;
+    if args.dry_run {
+        let text = plan.to_string();
+        return match io::stdout().lock().write_all(text.as_bytes()) {
+            Ok(()) => Ok(0),
+            Err(source) => Err(LaunchError::File { what: "the plan cannot be printed", source }),
+        };
+    }
+    for note in &plan.notes {
+        if note.warning {
+            console.warn(&note.text);
+        } else {
+            console.info(&note.text);
+        }
+    }
+    preflight::check(&mut plan)?;
+    let _pid_file = args.save_pid.then(pid_file::PidFile::write).transpose()?;
+    console.info(&plan.summary());
+    supervise::run(&plan, console)
+}

@@ -1,1 +1,9 @@
 //! Counters, timers and the lines a user reads while training.
+
+mod counters;
+mod step_line;
+mod timers;
+
+pub use counters::Counters;
+pub use step_line::StepLine;
+pub use timers::{Phase, PhaseTimes, Stopwatch};

@@ -1,1 +1,30 @@
-//! ZeRO: units, shards, what is resident when; reduction and publication of shards.
+//! ZeRO: which rank keeps what, how a unit's gradients become a shard, and how an updated shard becomes weights.
+//!
+//! One mechanism serves all stages; a stage is a [`Policy`].
+//!
+//! ```text
+//! backward      gradients of a unit, where the framework left them
+//!                 |  reduce        (reduce-scatter: averaged over ranks, in rank order, in fp32)
+//!                 v
+//!               UnitShard.gradient           one per rank, fp32
+//!                 |  publish       (update the shard and all-gather it, in one pass)
+//!                 v
+//! forward       the unit's weights, whole, in the model's dtype
+//! ```
+//!
+//! Invariants, cited by the tests:
+//! - ZERO-1: every gradient element is reduced exactly once per micro-batch (or once per boundary).
+//! - ZERO-2: units are reduced and published in the order of the layout on every rank, whatever the hooks did.
+//! - ZERO-3: the reduced gradients, and so the norm, do not depend on the stage.
+
+mod accumulator;
+mod policy;
+mod publish;
+mod reduce;
+mod unit_shard;
+
+pub use accumulator::LocalAccumulator;
+pub use policy::{Policy, ReduceAt, Residency, Stage};
+pub use publish::{Run, RunMemory, ShardUpdate, gather_gradients, publish, unit_name};
+pub use reduce::{Exchange, reduce_unit};
+pub use unit_shard::UnitShard;

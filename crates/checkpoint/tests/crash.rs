@@ -1,0 +1,321 @@
+//! A kill, a full disk or a power cut at any instant leaves the newest complete checkpoint loadable.
+
+mod common;
+
+use std::{
+    collections::hash_map::RandomState,
+    fs,
+    hash::BuildHasher,
+    io::{self, BufRead, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
+};
+
+use common::{Model, open_latest, read_everything, real_disk};
+use deepspeed_checkpoint::{
+    CheckpointError,
+    disk::{Disk, DiskFile, RealDisk},
+};
+
+/// What happens at the chosen operation.
+#[derive(Clone, Copy, PartialEq)]
+enum Fault {
+    /// The process ends: this and all later operations do not happen. A write may happen in part.
+    Crash,
+    /// The operation fails with this error number; later ones work.
+    Errno(i32),
+}
+
+struct Counter {
+    done: AtomicUsize,
+    at: usize,
+    fault: Fault,
+}
+
+impl Counter {
+    /// Counts an operation that changes the disk and fails the chosen one.
+    fn tick(&self) -> io::Result<()> {
+        let number = self.done.fetch_add(1, Ordering::SeqCst);
+        match self.fault {
+            Fault::Crash if number >= self.at => Err(io::Error::other("crashed")),
+            Fault::Errno(errno) if number == self.at => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(()),
+        }
+    }
+}
+
+struct FaultyDisk {
+    counter: Arc<Counter>,
+    can_exchange: bool,
+}
+
+impl FaultyDisk {
+    fn new(at: usize, fault: Fault, can_exchange: bool) -> Self {
+        Self { counter: Arc::new(Counter { done: AtomicUsize::new(0), at, fault }), can_exchange }
+    }
+}
+
+impl Disk for FaultyDisk {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.counter.tick()?;
+        RealDisk.create_dir(path)
+    }
+
+    fn create_file(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn DiskFile>> {
+        self.counter.tick()?;
+        let file = RealDisk.create_file(path, bytes)?;
+        Ok(Box::new(FaultyFile { counter: Arc::clone(&self.counter), file }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.counter.tick()?;
+        RealDisk.rename(from, to)
+    }
+
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        if !self.can_exchange {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        self.counter.tick()?;
+        RealDisk.exchange(one, other)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.counter.tick()?;
+        RealDisk.remove_file(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.counter.tick()?;
+        RealDisk.remove_dir(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.counter.tick()?;
+        RealDisk.sync_dir(path)
+    }
+}
+
+struct FaultyFile {
+    counter: Arc<Counter>,
+    file: Box<dyn DiskFile>,
+}
+
+impl DiskFile for FaultyFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let ticked = self.counter.tick();
+        if ticked.is_err() {
+            self.file.write(&bytes[..bytes.len() / 2])?;
+        }
+        ticked?;
+        self.file.write(bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.counter.tick()
+    }
+}
+
+fn hidden(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.starts_with('.')).collect()
+}
+
+/// Saves a second checkpoint with a fault at each operation in turn, and calls `check` with the directory and the
+/// result of that save.
+fn with_fault_at_every_operation(
+    fault: Fault,
+    can_exchange: bool,
+    check: impl Fn(usize, &Path, Result<(), CheckpointError>),
+) {
+    for tag in ["first", "second"] {
+        for at in 0.. {
+            assert!(at < 1000, "the save never ends");
+            let dir = tempfile::tempdir().unwrap();
+            Model::small(1).save(dir.path(), "first", 2);
+            let disk = FaultyDisk::new(at, fault, can_exchange);
+            let counter = Arc::clone(&disk.counter);
+            let disk: Arc<dyn Disk> = Arc::new(disk);
+            let result = Model::small(2).save_on(&disk, dir.path(), tag, 2);
+            check(at, dir.path(), result.map(drop));
+            if counter.done.load(Ordering::SeqCst) <= at {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_crash_at_any_operation_leaves_a_whole_checkpoint() {
+    for can_exchange in [true, false] {
+        with_fault_at_every_operation(Fault::Crash, can_exchange, |at, dir, result| {
+            let checkpoint = open_latest(dir);
+            read_everything(&checkpoint).unwrap_or_else(|error| panic!("operation {at}: {error}"));
+            let seed = u32::try_from(checkpoint.state()["global_steps"].as_u64().unwrap()).unwrap();
+            Model::small(seed).assert_in(&checkpoint, 1);
+            assert!(result.is_err() || seed == 2, "a save that succeeded is the newest");
+            // The next job saves as if nothing had happened, and cleans up.
+            Model::small(3).save(dir, "first", 1);
+            Model::small(3).assert_in(&open_latest(dir), 2);
+            assert!(hidden(dir).is_empty(), "operation {at}: {:?}", hidden(dir));
+        });
+    }
+}
+
+#[test]
+fn an_error_at_any_operation_is_reported_and_harmless() {
+    const ENOSPC: i32 = 28;
+    for can_exchange in [true, false] {
+        with_fault_at_every_operation(Fault::Errno(ENOSPC), can_exchange, |at, dir, result| {
+            let checkpoint = open_latest(dir);
+            read_everything(&checkpoint).unwrap();
+            let seed = u32::try_from(checkpoint.state()["global_steps"].as_u64().unwrap()).unwrap();
+            match result {
+                Ok(()) => assert_eq!(seed, 2),
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(text.contains("disk is full"), "{text}");
+                    assert!(text.contains(dir.to_str().unwrap()), "{text}");
+                    assert!(hidden(dir).is_empty(), "operation {at}: {:?}", hidden(dir));
+                    // Only what comes after the rename finds the new one in place, complete.
+                    assert!(seed == 1 || text.contains("sync") || text.contains("latest"), "{at}: {text}");
+                }
+            }
+        });
+    }
+}
+
+const CHILD_DIR: &str = "DEEPSPEED_CHECKPOINT_TEST_DIR";
+
+/// Not a test of its own: what the killed process does.
+#[test]
+fn child_saves_until_killed() {
+    let Some(dir) = std::env::var_os(CHILD_DIR) else { return };
+    let dir = Path::new(&dir);
+    let resumed = deepspeed_checkpoint::Checkpoint::open(dir, None).unwrap();
+    let start = resumed.map_or(0, |checkpoint| checkpoint.state()["global_steps"].as_u64().unwrap());
+    for seed in u32::try_from(start).unwrap() + 1.. {
+        Model::small(seed).save(dir, &format!("step{}", seed % 3), 2);
+        println!("\nsaved {seed}");
+    }
+}
+
+#[test]
+fn a_kill_at_any_instant_leaves_the_newest_complete_checkpoint() {
+    const KILLS: u64 = 40;
+    let dir = tempfile::tempdir().unwrap();
+    let random = RandomState::new();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    let mut newest = 0;
+    let mut alive = 0;
+    for kill in 0..KILLS {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child_saves_until_killed", "--nocapture"])
+            .env(CHILD_DIR, dir.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let (sender, saved) = mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            let seeds =
+                lines.map_while(Result::ok).filter_map(|line| line.strip_prefix("saved ")?.parse().ok());
+            seeds
+                .for_each(|seed: u64| sender.send(seed).expect("the parent listens until the child is gone"));
+        });
+        // The first save shows that the child has started; then any instant of the next ones.
+        let first = saved.recv_timeout(deadline - Instant::now()).expect("the child saves in time");
+        std::thread::sleep(Duration::from_micros(random.hash_one(kill) % 40_000));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        reader.join().unwrap();
+        let reported = saved.try_iter().last().unwrap_or(first);
+        let checkpoint = open_latest(dir.path());
+        read_everything(&checkpoint).unwrap();
+        let seed = checkpoint.state()["global_steps"].as_u64().unwrap();
+        assert!(seed >= reported && seed > newest, "{seed} of {reported} reported, {newest} before");
+        Model::small(u32::try_from(seed).unwrap()).assert_in(&checkpoint, 3);
+        newest = seed;
+        alive += 1;
+    }
+    assert_eq!(alive, KILLS);
+    Model::small(7).save(dir.path(), "last", 1);
+    assert!(hidden(dir.path()).is_empty(), "{:?}", hidden(dir.path()));
+}
+
+const SMALL_DISK: &str = "DEEPSPEED_CHECKPOINT_TEST_SMALL_DISK";
+
+/// Runs this test binary again in a mount namespace of its own, where a small file system can be mounted. `None`, with
+/// the reason printed, where the kernel does not allow that.
+fn in_small_disk(test: &str) -> Option<bool> {
+    let dir = tempfile::tempdir().unwrap();
+    let script = r#"mount -t tmpfs -o size=1m none "$1" || exit 99; exec "$2" --exact "$3" --nocapture"#;
+    let exe = std::env::current_exe().unwrap();
+    let output = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"])
+        .args([dir.path().as_os_str(), exe.as_os_str(), test.as_ref()])
+        .env(SMALL_DISK, dir.path())
+        .output();
+    match output {
+        Ok(output) if output.status.code() == Some(99) => {
+            eprintln!("skipped: cannot mount here: {}", String::from_utf8_lossy(&output.stderr));
+            None
+        }
+        Ok(output) => {
+            let text = String::from_utf8_lossy(&output.stderr);
+            if text.contains("unshare:") {
+                eprintln!("skipped: {text}");
+                return None;
+            }
+            eprintln!("{}{text}", String::from_utf8_lossy(&output.stdout));
+            Some(output.status.success())
+        }
+        Err(error) => {
+            eprintln!("skipped: cannot run unshare: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_leaves_the_previous_checkpoint() {
+    let Some(dir) = std::env::var_os(SMALL_DISK) else {
+        if let Some(passed) = in_small_disk("a_full_disk_leaves_the_previous_checkpoint") {
+            assert!(passed);
+        }
+        return;
+    };
+    let dir = Path::new(&dir);
+    Model::small(1).save(dir, "small", 2);
+    let large = Model::new(&[&[3], &[3], &[120_000]], 2);
+    for tag in ["small", "large"] {
+        let error = large.save_on(&real_disk(), dir, tag, 2).unwrap_err().to_string();
+        assert!(error.contains("-rank-0000") && error.contains("the disk is full"), "{error}");
+        Model::small(1).assert_in(&open_latest(dir), 1);
+        assert!(hidden(dir).is_empty());
+    }
+    Model::small(3).save(dir, "small", 2);
+}
+
+#[test]
+fn a_read_only_disk_is_said_so() {
+    let Some(dir) = std::env::var_os(SMALL_DISK) else {
+        if let Some(passed) = in_small_disk("a_read_only_disk_is_said_so") {
+            assert!(passed);
+        }
+        return;
+    };
+    let dir = Path::new(&dir);
+    Model::small(1).save(dir, "t", 1);
+    assert!(Command::new("mount").args(["-o", "remount,ro"]).arg(dir).status().unwrap().success());
+    let error = Model::small(2).save_on(&real_disk(), dir, "t", 1).unwrap_err().to_string();
+    assert!(error.contains("read-only"), "{error}");
+    Model::small(1).assert_in(&open_latest(dir), 1);
+}

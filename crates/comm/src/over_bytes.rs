@@ -1,0 +1,280 @@
+//! The engine's collectives on top of anything that moves bytes between ranks: torch.distributed, MPI.
+//!
+//! The transport never adds numbers. A reduce-scatter is an all-to-all in the gradients' own dtype followed by the same
+//! reduction, in fp32 and in rank order, as on shared memory; so every transport gives the same bits and sends half the
+//! bytes that fp32 would. Each message carries its call's fingerprint, so ranks that disagree notice.
+
+use std::{
+    fmt,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use deepspeed_core::{AlignedBuffer, DType, Rank, Span, SpanMut};
+
+use crate::{
+    CommError,
+    fingerprint::{CallName, Fingerprint, Operation},
+    group::{Group, Into, Pieces, PiecesMut, Produce},
+    pieces::{Reducer, Reduction},
+};
+
+/// Moves bytes between ranks; blocking, called by every rank in the same order.
+pub trait ByteTransport: Send + Sync + fmt::Debug {
+    /// Part `r` of `send` goes to rank `r`; part `r` of `receive` comes from it. All parts are equally long.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<(), String>;
+
+    /// Every rank's bytes, equally many, in rank order.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<(), String>;
+
+    /// `root`'s bytes on every rank.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    fn broadcast(&self, data: &mut [u8], root: Rank) -> Result<(), String>;
+}
+
+/// Bytes of a message before its payload: the fingerprint.
+const HEADER: usize = Fingerprint::BYTES;
+
+/// Bytes that [`Group::all_gather_bytes`] sends at once; longer messages take a second round.
+const INLINE: usize = 256;
+
+/// A process group whose bytes are moved by `T`.
+#[derive(Debug)]
+pub struct OverBytes<T> {
+    transport: T,
+    rank: Rank,
+    world: usize,
+    name: String,
+    seq: AtomicU64,
+    activity: Mutex<String>,
+    failed: Mutex<Option<CommError>>,
+}
+
+impl<T: ByteTransport> OverBytes<T> {
+    /// The group of `world` ranks in which this process is `rank`; `name` says what carries the bytes.
+    pub fn new(transport: T, rank: Rank, world: usize, name: String) -> Self {
+        let (seq, activity, failed) = (AtomicU64::new(0), Mutex::default(), Mutex::default());
+        Self { transport, rank, world, name, seq, activity, failed }
+    }
+
+    /// Runs one call under its own number; after an error no further call is made.
+    fn call<R>(
+        &self, operation: Operation, what: &str, len: usize, dtype: Option<DType>,
+        work: impl FnOnce(&Fingerprint) -> Result<R, CommError>,
+    ) -> Result<R, CommError> {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(error) = &*failed {
+            return Err(error.clone());
+        }
+        let seq = self.seq.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut fingerprint = Fingerprint::new(operation, seq, what).elements(len);
+        if let Some(dtype) = dtype {
+            fingerprint = fingerprint.dtype(dtype);
+        }
+        let result = work(&fingerprint);
+        if let Err(error) = &result {
+            *failed = Some(error.clone());
+        }
+        result
+    }
+
+    fn transport_error(&self, fingerprint: &Fingerprint, problem: String) -> CommError {
+        CommError::Transport {
+            rank: self.rank,
+            call: Box::new(fingerprint.clone()),
+            transport: self.name.clone(),
+            activity: self.activity.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            problem,
+        }
+    }
+
+    /// Checks that the message of `rank` belongs to the same call, and gives its payload.
+    fn payload<'m>(
+        &self, mine: &Fingerprint, rank: usize, message: &'m [u8],
+    ) -> Result<&'m [u8], CommError> {
+        let (header, payload) = message.split_at(HEADER);
+        match Fingerprint::from_bytes(header) {
+            Some(theirs) if theirs == *mine => Ok(payload),
+            Some(theirs) => Err(CommError::Mismatch {
+                my_rank: self.rank,
+                mine: Box::new(mine.clone()),
+                rank: Rank::from_index(rank),
+                theirs: Box::new(theirs),
+            }),
+            None => {
+                let name = CallName { operation: mine.operation, seq: mine.seq, what: &mine.what };
+                let problem = format!("what rank {rank} sent for {name} is no message of ours");
+                Err(self.transport_error(mine, problem))
+            }
+        }
+    }
+
+    /// All ranks' payloads, equally long.
+    fn gather(&self, fingerprint: &Fingerprint, payload: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        let mut mine = fingerprint.to_bytes().to_vec();
+        mine.extend_from_slice(payload);
+        let mut all = vec![0; mine.len() * self.world];
+        self.transport
+            .all_gather(&mine, &mut all)
+            .map_err(|problem| self.transport_error(fingerprint, problem))?;
+        let messages = all.chunks_exact(mine.len()).enumerate();
+        messages
+            .map(|(rank, message)| self.payload(fingerprint, rank, message).map(<[u8]>::to_vec))
+            .collect()
+    }
+}
+
+impl<T: ByteTransport> Group for OverBytes<T> {
+    fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    fn world(&self) -> usize {
+        self.world
+    }
+
+    fn transport(&self) -> &str {
+        &self.name
+    }
+
+    fn set_activity(&self, activity: &str) {
+        activity.clone_into(&mut self.activity.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn barrier(&self, what: &str) -> Result<(), CommError> {
+        self.call(Operation::Barrier, what, 0, None, |call| self.gather(call, &[]).map(drop))
+    }
+
+    fn all_gather_bytes(&self, what: &str, mine: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        self.call(Operation::AllGatherBytes, what, 0, None, |call| {
+            let mut first = [0; 8 + INLINE];
+            first[..8].copy_from_slice(&(mine.len() as u64).to_le_bytes());
+            let inline = mine.len().min(INLINE);
+            first[8..8 + inline].copy_from_slice(&mine[..inline]);
+            let all = self.gather(call, &first)?;
+            let length = |message: &[u8]| {
+                let word = message.first_chunk::<8>().map_or(0, |word| u64::from_le_bytes(*word));
+                usize::try_from(word).unwrap_or(usize::MAX)
+            };
+            let longest = all.iter().map(|message| length(message)).max().unwrap_or(0);
+            if longest <= INLINE {
+                return Ok(all.iter().map(|message| message[8..8 + length(message)].to_vec()).collect());
+            }
+            let mut padded = mine.to_vec();
+            padded.resize(longest, 0);
+            let whole = self.gather(call, &padded)?;
+            Ok(whole.iter().zip(&all).map(|(bytes, first)| bytes[..length(first)].to_vec()).collect())
+        })
+    }
+
+    fn all_reduce(&self, what: &str, data: &mut [f32]) -> Result<(), CommError> {
+        let part = data.len().div_ceil(self.world);
+        let mut shard = vec![0.0f32; part];
+        let input = Pieces { len: part * self.world, runs: vec![(0, Span::from(&*data))] };
+        self.reduce_scatter(what, &input, &mut shard, 1.0, Into::Store)?;
+        let mut produce = |range: std::ops::Range<usize>, mut target: SpanMut<'_>| {
+            let bytes = Span::from(&shard[range]).as_bytes();
+            target.as_bytes_mut().copy_from_slice(bytes);
+        };
+        let mut output = PiecesMut { len: part * self.world, runs: vec![(0, SpanMut::from(data))] };
+        self.all_gather(what, DType::F32, &mut produce, &mut output)
+    }
+
+    fn broadcast(&self, what: &str, root: Rank, mut data: SpanMut<'_>) -> Result<(), CommError> {
+        let (len, dtype) = (data.len(), data.dtype());
+        self.call(Operation::Broadcast, what, len, Some(dtype), |call| {
+            self.gather(call, &root.0.to_le_bytes())?;
+            self.transport
+                .broadcast(data.as_bytes_mut(), root)
+                .map_err(|problem| self.transport_error(call, problem))
+        })
+    }
+
+    fn reduce_scatter(
+        &self, what: &str, input: &Pieces<'_>, shard: &mut [f32], scale: f32, into: Into,
+    ) -> Result<f64, CommError> {
+        let wire = input.wire_dtype().unwrap_or(DType::F32);
+        let part = shard.len();
+        self.call(Operation::ReduceScatter, what, input.len, Some(wire), |call| {
+            if let Some(problem) = input.problem() {
+                let (rank, operation, what) = (self.rank, Operation::ReduceScatter, what.to_owned());
+                return Err(CommError::Arguments { rank, operation, what, problem });
+            }
+            // A message begins at a multiple of 64 bytes, so payloads are aligned for every dtype.
+            let message = (HEADER + part * wire.size()).next_multiple_of(64);
+            let mut send = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
+            let mut receive = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
+            for (rank, bytes) in send.span_mut().as_bytes_mut().chunks_exact_mut(message).enumerate() {
+                bytes[..HEADER].copy_from_slice(&call.to_bytes());
+                if rank != self.rank.index() {
+                    let range = rank * part..(rank + 1) * part;
+                    input.read(&range, &mut numbers_mut(&mut bytes[HEADER..], part, wire));
+                }
+            }
+            self.transport
+                .all_to_all(send.span().as_bytes(), receive.span_mut().as_bytes_mut())
+                .map_err(|problem| self.transport_error(call, problem))?;
+            let received = receive.span().as_bytes();
+            let mut peers = Vec::with_capacity(self.world);
+            for (rank, bytes) in received.chunks_exact(message).enumerate() {
+                peers.push(numbers(self.payload(call, rank, bytes)?, part, wire));
+            }
+            let me = self.rank.index();
+            let reduction = Reduction { input, start: me * part, me, world: self.world, scale, into };
+            let mut squares = 0.0;
+            Reducer::new().reduce(&reduction, &(0..part), |rank| Some(peers[rank]), shard, &mut squares);
+            Ok(squares)
+        })
+    }
+
+    fn all_gather(
+        &self, what: &str, dtype: DType, produce: &mut Produce<'_>, output: &mut PiecesMut<'_>,
+    ) -> Result<(), CommError> {
+        let part = output.len / self.world;
+        self.call(Operation::AllGather, what, output.len, Some(dtype), |call| {
+            if let Some(problem) = output.problem() {
+                let (rank, operation, what) = (self.rank, Operation::AllGather, what.to_owned());
+                return Err(CommError::Arguments { rank, operation, what, problem });
+            }
+            let message = (HEADER + part * dtype.size()).next_multiple_of(64);
+            let mut mine = AlignedBuffer::zeroed(message / 2, DType::BF16);
+            let mut all = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
+            let mut mine_span = mine.span_mut();
+            let bytes = mine_span.as_bytes_mut();
+            bytes[..HEADER].copy_from_slice(&call.to_bytes());
+            produce(0..part, numbers_mut(&mut bytes[HEADER..], part, dtype));
+            self.transport
+                .all_gather(bytes, all.span_mut().as_bytes_mut())
+                .map_err(|problem| self.transport_error(call, problem))?;
+            for (rank, bytes) in all.span().as_bytes().chunks_exact(message).enumerate() {
+                let payload = self.payload(call, rank, bytes)?;
+                output.write(&(rank * part..(rank + 1) * part), numbers(payload, part, dtype));
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The first `len` elements of a payload.
+fn numbers(payload: &[u8], len: usize, dtype: DType) -> Span<'_> {
+    assert!(payload.len() >= len * dtype.size() && payload.as_ptr() as usize % dtype.size() == 0, "a whole payload");
+    // SAFETY: long enough and aligned, as just checked; any bytes are numbers; borrowed for the span's life.
+    unsafe { Span::from_raw(payload.as_ptr(), len, dtype) }
+}
+
+/// As [`numbers`], writable.
+fn numbers_mut(payload: &mut [u8], len: usize, dtype: DType) -> SpanMut<'_> {
+    assert!(payload.len() >= len * dtype.size() && payload.as_ptr() as usize % dtype.size() == 0, "a whole payload");
+    // SAFETY: as in `numbers`, and the borrow is exclusive.
+    unsafe { SpanMut::from_raw(payload.as_mut_ptr(), len, dtype) }
+}

@@ -1,0 +1,650 @@
+//! The engine: one training step after another.
+
+use std::{sync::Arc, time::Instant};
+
+use deepspeed_comm::{Group, Into, Pieces};
+use deepspeed_core::{AlignedBuffer, DType, Layout, ParamSpec, Span, SpanMut, Unit};
+use deepspeed_monitor::{Counters, Phase, StepLine, Stopwatch};
+use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
+use deepspeed_zero::{
+    Exchange, LocalAccumulator, Policy, ReduceAt, Residency, UnitShard, gather_gradients, publish,
+    reduce_unit, unit_name,
+};
+
+use crate::{
+    Accumulation, Decision, EngineError, Settings, decide,
+    delivery::Delivery,
+    nonfinite,
+    update::{AlreadyUpdated, ElementWise, Lamb},
+};
+
+/// Who updates the masters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OptimizerChoice {
+    /// An optimizer of ours.
+    Native(OptimizerKind),
+    /// The client's own, run by the face between [`Engine::prepare`] and [`Engine::publish_client`].
+    Client,
+    /// None: the engine only averages gradients (a client that steps by itself) or runs inference.
+    Absent,
+}
+
+/// What [`Engine::prepare`] found.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Plan {
+    /// Not a boundary: the micro-batch is over, nothing else happens.
+    Accumulate,
+    /// Gradients are not finite: no update.
+    Skip {
+        /// Which gradient, in words.
+        found: String,
+    },
+    /// Update with gradients times `grad_scale`.
+    Apply {
+        /// Undoes the loss scale and clips.
+        grad_scale: f32,
+    },
+}
+
+/// What a call of `step` did.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepReport {
+    /// Whether the micro-batch was an accumulation boundary.
+    pub boundary: bool,
+    /// Whether the optimizer has updated the weights.
+    pub applied: bool,
+    /// Why not, at a boundary.
+    pub skipped: Option<String>,
+    /// Parameters that no rank has a gradient for, at the first boundary.
+    pub unused: Vec<String>,
+    /// The line to show, when one is due.
+    pub line: Option<String>,
+}
+
+/// The training engine of one rank.
+///
+/// Every method that communicates is collective: all ranks of the group call it, in the same order.
+#[derive(Debug)]
+pub struct Engine {
+    pub(crate) settings: Settings,
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) group: Arc<dyn Group>,
+    pub(crate) policy: Policy,
+    pub(crate) optimizer: OptimizerChoice,
+    pub(crate) shards: Vec<UnitShard>,
+    pub(crate) scaler: LossScaler,
+    pub(crate) counters: Counters,
+    pub(crate) accumulation: Accumulation,
+    exchange: Exchange,
+    accumulator: LocalAccumulator,
+    delivery: Delivery,
+    unused: Vec<String>,
+    /// Whether the shards hold gradients of the current accumulation.
+    reduced: bool,
+    norm: Option<f64>,
+    applied: bool,
+    loss: Option<f64>,
+    watch: Stopwatch,
+    window: Window,
+}
+
+/// Where the last step line ended.
+#[derive(Debug)]
+struct Window {
+    since: Instant,
+    samples: u64,
+}
+
+impl Engine {
+    /// An engine for `params` (the trainable ones, in registration order, the same on every rank).
+    ///
+    /// `hypers` are the optimizer's parameter groups, which decide how many state tensors there are.
+    ///
+    /// # Errors
+    /// [`EngineError::Layout`].
+    pub fn new(
+        settings: Settings,
+        params: Vec<ParamSpec>,
+        optimizer: OptimizerChoice,
+        hypers: &[Hyper],
+        scaler: LossScaler,
+        group: Arc<dyn Group>,
+    ) -> Result<Self, EngineError> {
+        let layout = Layout::new(params, group.world(), settings.unit_len)?;
+        let native = matches!(optimizer, OptimizerChoice::Native(_));
+        let states = match optimizer {
+            OptimizerChoice::Native(_) => {
+                hypers.iter().map(|hyper| state_names(hyper).len()).max().unwrap_or(0)
+            }
+            OptimizerChoice::Client | OptimizerChoice::Absent => 0,
+        };
+        let exchange = Exchange::new(
+            group.world(),
+            settings.communication_dtype,
+            settings.accumulation_dtype,
+            settings.prescale_gradients,
+            settings.gradient_predivide_factor,
+        );
+        Ok(Self {
+            policy: Policy::new(settings.stage, native),
+            optimizer,
+            shards: layout.units.iter().map(|unit| UnitShard::new(unit, states)).collect(),
+            scaler,
+            counters: Counters::default(),
+            accumulation: Accumulation::new(settings.accumulation_steps),
+            exchange,
+            accumulator: LocalAccumulator::default(),
+            delivery: Delivery::new(layout.params.len()),
+            unused: Vec::new(),
+            reduced: false,
+            norm: None,
+            applied: false,
+            loss: None,
+            watch: Stopwatch::default(),
+            window: Window { since: Instant::now(), samples: 0 },
+            layout: Arc::new(layout),
+            settings,
+            group,
+        })
+    }
+
+    /// Makes `params` (whole, by parameter id, any dtype) the fp32 masters of this rank's shards.
+    ///
+    /// # Errors
+    /// [`EngineError::Count`] or [`EngineError::Length`].
+    pub fn load_masters(&mut self, params: &[Span<'_>]) -> Result<(), EngineError> {
+        self.check_count("weights", params.len(), self.layout.params.len())?;
+        for (spec, span) in self.layout.params.iter().zip(params) {
+            check_length("weights", spec, span.len())?;
+        }
+        for unit in &self.layout.units {
+            self.shards[unit.id.index()].load_master(unit, self.group.rank(), params);
+        }
+        Ok(())
+    }
+
+    /// The factor for the loss (or for the gradient of the model's output) before backward: the loss scale, divided
+    /// by the accumulation steps if `average` says that the caller has not done so.
+    pub fn loss_factor(&self, average: bool) -> f32 {
+        let steps = if average { self.accumulation.steps() as f64 } else { 1.0 };
+        (self.scaler.scale() / steps) as f32
+    }
+
+    /// What the loss of a backward pass lacks of its factor, if it was (`scaled`) or was not multiplied by the loss
+    /// scale and was (`averaged`) or was not divided by the accumulation steps.
+    pub fn missing_factor(&self, scaled: bool, averaged: bool) -> f32 {
+        let scale = if scaled { 1.0 } else { self.scaler.scale() };
+        let steps = if averaged { 1.0 } else { self.accumulation.steps() as f64 };
+        (scale / steps) as f32
+    }
+
+    /// A phase of the step begins (or, with `None`, ends); the face tells of forward and backward.
+    pub fn mark(&mut self, phase: Option<Phase>) {
+        self.watch.mark(phase, Instant::now());
+        if let Some(phase) = phase {
+            self.group.set_activity(match phase {
+                Phase::Forward => "forward",
+                Phase::Backward | Phase::Reduce => "backward",
+                Phase::Update => "step",
+            });
+        }
+    }
+
+    /// This rank's loss, for the step line.
+    pub fn set_loss(&mut self, loss: f64) {
+        self.loss = Some(loss);
+    }
+
+    /// Whether a step line is due at the end of the current micro-batch, so that its loss is worth reading.
+    pub fn wants_loss(&self) -> bool {
+        self.accumulation.is_boundary() && self.line_due(self.counters.global_steps + 1)
+    }
+
+    fn line_due(&self, step: u64) -> bool {
+        self.settings.steps_per_print.is_some_and(|every| every > 0 && step % every == 0)
+    }
+
+    /// Takes the gradients of one backward pass, by parameter id; the memory is free again afterwards.
+    ///
+    /// `factor` is what the loss lacks of [`loss_factor`](Self::loss_factor): 1 where it was multiplied by that, else
+    /// the gradients are multiplied here, which is the same but for what fp16 has lost by then.
+    ///
+    /// # Errors
+    /// [`EngineError::Comm`], or a gradient that does not fit its parameter.
+    pub fn end_backward(&mut self, gradients: &[Option<Span<'_>>], factor: f32) -> Result<(), EngineError> {
+        if factor != 1.0 {
+            let scaled: Vec<Option<AlignedBuffer>> =
+                gradients.iter().map(|gradient| gradient.map(|span| scaled_copy(span, factor))).collect();
+            let spans: Vec<Option<Span<'_>>> =
+                scaled.iter().map(|buffer| buffer.as_ref().map(AlignedBuffer::span)).collect();
+            return self.collect(&spans, true);
+        }
+        self.collect(gradients, false)
+    }
+
+    /// `in_fp32`: the gradients are fp32 copies rather than the framework's own.
+    fn collect(&mut self, gradients: &[Option<Span<'_>>], in_fp32: bool) -> Result<(), EngineError> {
+        self.check_count("gradients", gradients.len(), self.layout.params.len())?;
+        for (spec, gradient) in self.layout.params.iter().zip(gradients) {
+            if let Some(gradient) = gradient {
+                check_length("gradient", spec, gradient.len())?;
+            }
+        }
+        self.mark(Some(Phase::Reduce));
+        self.delivery.record(gradients);
+        let boundary = self.accumulation.is_boundary();
+        let each_time = self.policy.reduce == ReduceAt::MicroBatch && !self.accumulation.is_suspended();
+        if each_time || (boundary && !self.accumulator.is_filled()) {
+            self.reduce(|_, unit| pieces(unit, gradients, in_fp32))?;
+        } else {
+            self.accumulator.add(&self.layout, gradients);
+            if boundary {
+                let mut accumulator = std::mem::take(&mut self.accumulator);
+                let reduced = self.reduce(|layout, unit| accumulator.pieces(layout, unit.id));
+                accumulator.clear();
+                self.accumulator = accumulator;
+                reduced?;
+            }
+        }
+        self.mark(None);
+        Ok(())
+    }
+
+    fn reduce<'a>(&mut self, pieces: impl Fn(&Layout, &Unit) -> Pieces<'a>) -> Result<(), EngineError> {
+        let into = if self.reduced { Into::Add } else { Into::Store };
+        let layout = Arc::clone(&self.layout);
+        for unit in &layout.units {
+            let shard = &mut self.shards[unit.id.index()];
+            let what = unit_name(&layout, unit);
+            reduce_unit(&*self.group, &what, unit, &pieces(&layout, unit), &self.exchange, shard, into)?;
+        }
+        self.reduced = true;
+        Ok(())
+    }
+
+    /// The first half of a step: at a boundary, all ranks vote on what to do.
+    ///
+    /// # Errors
+    /// [`EngineError::NoGradient`], [`EngineError::NonFinite`], [`EngineError::Unused`], [`EngineError::Comm`]. No
+    /// weight has changed when an error is raised.
+    pub fn prepare(&mut self) -> Result<Plan, EngineError> {
+        if !self.accumulation.is_boundary() {
+            self.accumulation.advance();
+            self.counters.micro_step();
+            return Ok(Plan::Accumulate);
+        }
+        if !self.reduced {
+            return Err(EngineError::NoGradient);
+        }
+        self.mark(Some(Phase::Update));
+        if let Some(names) = self.delivery.check(&self.layout, &*self.group)? {
+            let total = self.layout.params.len();
+            if names.len() == total && total > 0 {
+                return Err(EngineError::NoGradient);
+            }
+            if !names.is_empty() && !self.settings.ignore_unused_parameters {
+                return Err(EngineError::Unused { names, total });
+            }
+            self.unused = names;
+        }
+        let square_sum = self.vote()?;
+        let scale = self.scaler.scale();
+        match decide(square_sum, scale, self.settings.gradient_clipping, self.settings.on_non_finite) {
+            Decision::Apply { norm, grad_scale } => {
+                self.norm = Some(norm);
+                self.scaler.update(false)?;
+                Ok(Plan::Apply { grad_scale })
+            }
+            Decision::Skip => {
+                self.norm = Some(f64::INFINITY);
+                let found = self.describe_non_finite()?;
+                self.scaler.update(true)?;
+                let now = self.scaler.scale();
+                let change =
+                    if now == scale { String::new() } else { format!("; loss scale {scale} -> {now}") };
+                Ok(Plan::Skip { found: format!("{found}{change}") })
+            }
+            Decision::Fail => {
+                let found = self.describe_non_finite()?;
+                self.discard_gradients();
+                let hint = "";
+                Err(EngineError::NonFinite { step: self.counters.global_steps + 1, found, hint })
+            }
+        }
+    }
+
+    /// The sum over ranks, in rank order, of the squared gradients of their shards.
+    fn vote(&mut self) -> Result<f64, EngineError> {
+        let mine: f64 = self.shards.iter().map(|shard| shard.square_sum).sum();
+        let mut total = 0.0;
+        for bytes in self.group.all_gather_bytes("gradient norm", &mine.to_le_bytes())? {
+            let mut word = [0; 8];
+            let len = bytes.len().min(8);
+            word[..len].copy_from_slice(&bytes[..len]);
+            total += f64::from_le_bytes(word);
+        }
+        Ok(total)
+    }
+
+    fn describe_non_finite(&self) -> Result<String, EngineError> {
+        let found = nonfinite::find(&self.layout, &self.shards, &*self.group)?;
+        Ok(found.map_or_else(|| "the sum of squared gradients is not finite".to_owned(), |it| it.to_string()))
+    }
+
+    /// The second half of a step with an optimizer of ours: updates masters and everybody's `weights` (by parameter
+    /// id) with one set of hyperparameters per parameter group.
+    ///
+    /// # Errors
+    /// [`EngineError::Comm`], or weights or groups that are not the registered ones.
+    pub fn apply_native(
+        &mut self,
+        grad_scale: f32,
+        hypers: &[Hyper],
+        weights: &mut [SpanMut<'_>],
+    ) -> Result<(), EngineError> {
+        let OptimizerChoice::Native(kind) = self.optimizer else {
+            return Err(EngineError::Usage("this engine has no optimizer of its own".to_owned()));
+        };
+        self.check_weights(weights)?;
+        let groups = self.layout.params.iter().map(|spec| spec.group + 1).max().unwrap_or(0);
+        if hypers.len() < groups {
+            return Err(EngineError::Count { what: "parameter groups", got: hypers.len(), expected: groups });
+        }
+        let step = self.counters.optimizer_steps + 1;
+        if kind.is_elementwise() {
+            let mut update = ElementWise { hypers, step, grad_scale };
+            publish(&*self.group, &self.layout, &mut self.shards, weights, &mut update)?;
+        } else {
+            let mut update = Lamb::prepare(
+                &self.layout,
+                &mut self.shards,
+                weights,
+                &*self.group,
+                hypers,
+                step,
+                grad_scale,
+            )?;
+            publish(&*self.group, &self.layout, &mut self.shards, weights, &mut update)?;
+        }
+        Ok(())
+    }
+
+    /// For a client's optimizer at stage 0: the whole averaged, unscaled, clipped gradients into `outputs`, fp32, by
+    /// parameter id.
+    ///
+    /// # Errors
+    /// As [`Engine::apply_native`].
+    pub fn gather_gradients(
+        &mut self,
+        grad_scale: f32,
+        outputs: &mut [SpanMut<'_>],
+    ) -> Result<(), EngineError> {
+        self.check_count("gradients", outputs.len(), self.layout.params.len())?;
+        Ok(gather_gradients(&*self.group, &self.layout, &mut self.shards, outputs, grad_scale)?)
+    }
+
+    /// For a client's optimizer at stages 1 and 2: unscales and clips the shards' gradients where they lie.
+    pub fn scale_gradients(&mut self, grad_scale: f32) {
+        if grad_scale != 1.0 {
+            for shard in &mut self.shards {
+                deepspeed_kernels::scale_in_place(shard.gradient.as_f32_mut(), grad_scale);
+            }
+        }
+    }
+
+    /// After a client's optimizer has updated the masters of the shards: everybody's `weights` follow.
+    ///
+    /// # Errors
+    /// As [`Engine::apply_native`].
+    pub fn publish_client(&mut self, weights: &mut [SpanMut<'_>]) -> Result<(), EngineError> {
+        self.check_weights(weights)?;
+        Ok(publish(&*self.group, &self.layout, &mut self.shards, weights, &mut AlreadyUpdated)?)
+    }
+
+    /// Ends a step that [`Engine::prepare`] began.
+    pub fn finish(&mut self, plan: &Plan, learning_rate: f64) -> StepReport {
+        let applied = matches!(plan, Plan::Apply { .. });
+        if matches!(plan, Plan::Accumulate) {
+            return StepReport::default();
+        }
+        self.discard_gradients();
+        self.accumulation.advance();
+        self.counters.boundary(self.settings.train_batch_size, applied);
+        self.applied = applied;
+        self.mark(None);
+        StepReport {
+            boundary: true,
+            applied,
+            skipped: match plan {
+                Plan::Skip { found } => Some(found.clone()),
+                Plan::Accumulate | Plan::Apply { .. } => None,
+            },
+            unused: std::mem::take(&mut self.unused),
+            line: self.line_due(self.counters.global_steps).then(|| self.step_line(learning_rate)),
+        }
+    }
+
+    fn step_line(&mut self, learning_rate: f64) -> String {
+        let now = Instant::now();
+        let line = StepLine {
+            global_steps: self.counters.global_steps,
+            skipped_steps: self.counters.skipped_steps,
+            loss: self.loss,
+            norm: self.norm,
+            learning_rate,
+            loss_scale: self.scaler.scale(),
+            samples: self.counters.global_samples - self.window.samples,
+            elapsed: now.saturating_duration_since(self.window.since),
+            times: self.watch.take(),
+        };
+        self.restart_window();
+        line.to_string()
+    }
+
+    /// The next step line speaks of what comes from here on.
+    pub(crate) fn restart_window(&mut self) {
+        self.window = Window { since: Instant::now(), samples: self.counters.global_samples };
+    }
+
+    /// One whole step with an optimizer of ours.
+    ///
+    /// # Errors
+    /// As [`Engine::prepare`] and [`Engine::apply_native`].
+    pub fn step(&mut self, hypers: &[Hyper], weights: &mut [SpanMut<'_>]) -> Result<StepReport, EngineError> {
+        let plan = self.prepare()?;
+        if let Plan::Apply { grad_scale } = plan {
+            self.apply_native(grad_scale, hypers, weights)?;
+        }
+        Ok(self.finish(&plan, hypers.first().map_or(0.0, |hyper| hyper.lr)))
+    }
+
+    /// Forgets the gradients of the current accumulation.
+    pub fn discard_gradients(&mut self) {
+        self.reduced = false;
+        self.accumulator.clear();
+    }
+
+    fn check_count(&self, what: &'static str, got: usize, expected: usize) -> Result<(), EngineError> {
+        if got == expected { Ok(()) } else { Err(EngineError::Count { what, got, expected }) }
+    }
+
+    fn check_weights(&self, weights: &[SpanMut<'_>]) -> Result<(), EngineError> {
+        self.check_count("weights", weights.len(), self.layout.params.len())?;
+        for (spec, span) in self.layout.params.iter().zip(weights) {
+            check_length("weights", spec, span.len())?;
+            if span.dtype() != spec.dtype {
+                let name = spec.name.clone();
+                return Err(EngineError::WeightDType { name, got: span.dtype(), expected: spec.dtype });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Facts about the engine.
+impl Engine {
+    /// The settings it was made with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The layout of its parameters.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// Its process group.
+    pub fn group(&self) -> &Arc<dyn Group> {
+        &self.group
+    }
+
+    /// Its counters.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// The loss scaler.
+    pub fn scaler(&self) -> &LossScaler {
+        &self.scaler
+    }
+
+    /// The loss scaler, to override its scale.
+    pub fn scaler_mut(&mut self) -> &mut LossScaler {
+        &mut self.scaler
+    }
+
+    /// Boundaries: counted, forced or suspended.
+    pub fn accumulation_mut(&mut self) -> &mut Accumulation {
+        &mut self.accumulation
+    }
+
+    /// Boundaries, read-only.
+    pub fn accumulation(&self) -> &Accumulation {
+        &self.accumulation
+    }
+
+    /// Changes the samples per update by changing the accumulation steps.
+    ///
+    /// # Errors
+    /// [`EngineError::Usage`] where they are not a multiple of what one micro-batch of all ranks holds.
+    pub fn set_train_batch_size(&mut self, train_batch_size: u64) -> Result<(), EngineError> {
+        let micro = self.settings.micro_batch_size;
+        let world = self.group.world() as u64;
+        if train_batch_size == 0 || !train_batch_size.is_multiple_of(micro * world) {
+            return Err(EngineError::Usage(format!(
+                "a train_batch_size of {train_batch_size} is not a multiple of {} = {micro} samples per micro-batch x \
+                 {world} ranks",
+                micro * world
+            )));
+        }
+        self.settings.train_batch_size = train_batch_size;
+        self.settings.accumulation_steps = train_batch_size / (micro * world);
+        self.accumulation.set_steps(self.settings.accumulation_steps);
+        Ok(())
+    }
+
+    /// Changes the samples per rank and micro-batch; the accumulation steps stay and the samples per update follow.
+    ///
+    /// # Errors
+    /// [`EngineError::Usage`] for 0.
+    pub fn set_micro_batch_size(&mut self, micro_batch_size: u64) -> Result<(), EngineError> {
+        if micro_batch_size == 0 {
+            return Err(EngineError::Usage("a micro-batch holds at least 1 sample, got 0".to_owned()));
+        }
+        self.settings.micro_batch_size = micro_batch_size;
+        self.settings.train_batch_size =
+            micro_batch_size * self.settings.accumulation_steps * self.group.world() as u64;
+        Ok(())
+    }
+
+    /// What the engine is, in one line for the start of a run.
+    pub fn summary(&self) -> String {
+        let settings = &self.settings;
+        format!(
+            "{:.2} M parameters in {} units, {}, ZeRO stage {}, {} rank(s) over {}, batch {} = {} x {} micro-batches x \
+             {} ranks, {:.1} MiB of gradients, masters and optimizer state per rank",
+            self.layout.numel() as f64 / 1e6,
+            self.layout.units.len(),
+            settings.precision,
+            settings.stage.number(),
+            self.group.world(),
+            self.group.transport(),
+            settings.train_batch_size,
+            settings.micro_batch_size,
+            settings.accumulation_steps,
+            self.group.world(),
+            self.resident_bytes() as f64 / f64::from(1 << 20),
+        )
+    }
+
+    /// The last boundary's global L2 norm of averaged, unscaled gradients before clipping; infinite where the step
+    /// was skipped; `None` before the first.
+    pub fn norm(&self) -> Option<f64> {
+        self.norm
+    }
+
+    /// Whether the last boundary updated the weights.
+    pub fn was_applied(&self) -> bool {
+        self.applied
+    }
+
+    /// Whether a client's optimizer works on whole parameters rather than shards.
+    pub fn client_sees_whole(&self) -> bool {
+        self.policy.state == Residency::Whole
+    }
+
+    /// For a client's optimizer on shards, per unit: the addresses of gradient and master (`None` where the weights
+    /// are the masters) and the elements of a shard.
+    pub fn shard_memory(&mut self) -> Vec<(SpanMut<'_>, Option<SpanMut<'_>>)> {
+        self.shards
+            .iter_mut()
+            .map(|shard| (shard.gradient.span_mut(), shard.master.as_mut().map(|master| master.span_mut())))
+            .collect()
+    }
+
+    /// Bytes this rank keeps between steps beside the model's weights: gradient shards, masters, optimizer state.
+    pub fn resident_bytes(&self) -> usize {
+        let numel = |buffers: &UnitShard| {
+            let state: usize = buffers.state.iter().map(AlignedBuffer::len).sum();
+            buffers.gradient.len() + buffers.master.as_ref().map_or(0, AlignedBuffer::len) + state
+        };
+        self.shards.iter().map(numel).sum::<usize>() * DType::F32.size()
+    }
+}
+
+fn check_length(what: &'static str, spec: &ParamSpec, got: usize) -> Result<(), EngineError> {
+    let expected = spec.numel();
+    if got == expected {
+        return Ok(());
+    }
+    Err(EngineError::Length { what, name: spec.name.clone(), got, expected })
+}
+
+/// `span` in fp32, times `factor`.
+fn scaled_copy(span: Span<'_>, factor: f32) -> AlignedBuffer {
+    let mut copy = AlignedBuffer::zeroed(span.len(), DType::F32);
+    deepspeed_kernels::cast(span, copy.span_mut());
+    deepspeed_kernels::scale_in_place(copy.as_f32_mut(), factor);
+    copy
+}
+
+/// The gradients of `unit` where the framework left them. Where there is none, an empty run still says in which dtype
+/// they would have been, so that ranks agree on it.
+fn pieces<'a>(unit: &Unit, gradients: &[Option<Span<'a>>], in_fp32: bool) -> Pieces<'a> {
+    let given =
+        unit.slots.iter().filter_map(|slot| gradients[slot.param.index()].map(|span| (slot.offset, span)));
+    let mut runs: Vec<_> = given.collect();
+    if runs.is_empty() {
+        runs.push((0, empty(if in_fp32 { DType::F32 } else { unit.dtype })));
+    }
+    Pieces { len: unit.len(), runs }
+}
+
+/// No elements of `dtype`.
+fn empty(dtype: DType) -> Span<'static> {
+    match dtype {
+        DType::F32 => Span::from(&[] as &[f32]),
+        DType::F16 => Span::from(&[] as &[half::f16]),
+        DType::BF16 => Span::from(&[] as &[half::bf16]),
+    }
+}

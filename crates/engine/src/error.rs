@@ -1,0 +1,102 @@
+//! What can go wrong in a training step.
+
+use deepspeed_comm::CommError;
+use deepspeed_core::LayoutError;
+
+/// An error of the engine.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// A collective failed.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// The parameters have no layout.
+    #[error("the model's parameters cannot be laid out: {0}")]
+    Layout(#[from] LayoutError),
+    /// `step()` without a gradient.
+    #[error(
+        "step() at an accumulation boundary, but no parameter has a gradient: call backward(loss) on a loss that \
+         depends on the trainable parameters before step()"
+    )]
+    NoGradient,
+    /// Parameters that never got a gradient, where the config forbids it.
+    #[error(
+        "no gradient reached {} of {total} trainable parameters in the first step: {}; use them in forward, freeze \
+         them (requires_grad = False), or set zero_optimization.ignore_unused_parameters to true",
+        .names.len(), summary(.names)
+    )]
+    Unused {
+        /// Their names.
+        names: Vec<String>,
+        /// Number of trainable parameters.
+        total: usize,
+    },
+    /// A NaN or an infinity where none is expected.
+    #[error(
+        "gradients are not finite at step {step}: {found}; no weight has been changed. Lower the learning rate, look \
+         at this batch and the loss for a division by zero or a logarithm of zero{hint}"
+    )]
+    NonFinite {
+        /// Boundaries passed before this one, plus one.
+        step: u64,
+        /// Which gradient.
+        found: String,
+        /// More advice, or nothing.
+        hint: &'static str,
+    },
+    /// A gradient or weight whose length is not the parameter's.
+    #[error("{what} of parameter `{name}` has {got} elements, the parameter has {expected}")]
+    Length {
+        /// "gradient" or "weights".
+        what: &'static str,
+        /// The parameter's name.
+        name: String,
+        /// Elements lent.
+        got: usize,
+        /// Elements of the parameter.
+        expected: usize,
+    },
+    /// Weights lent in another dtype than they were registered with.
+    #[error(
+        "the weights of parameter `{name}` are {got}, but they were {expected} when the engine was made; do not cast \
+         the module after deepspeed.initialize"
+    )]
+    WeightDType {
+        /// The parameter's name.
+        name: String,
+        /// The dtype lent.
+        got: deepspeed_core::DType,
+        /// The dtype registered.
+        expected: deepspeed_core::DType,
+    },
+    /// A number of parameters or parameter groups that is not the registered one.
+    #[error("{got} {what} given, the engine was made for {expected}")]
+    Count {
+        /// "gradients", "weights", "parameter groups".
+        what: &'static str,
+        /// How many were given.
+        got: usize,
+        /// How many there are.
+        expected: usize,
+    },
+    /// Saving or loading a checkpoint failed on one rank, and so on all.
+    #[error("rank {rank}: {problem}")]
+    Checkpoint {
+        /// The rank on which it failed.
+        rank: deepspeed_core::Rank,
+        /// Its error.
+        problem: String,
+    },
+    /// A setting or a call that does not fit the others.
+    #[error("{0}")]
+    Usage(String),
+    /// An optimizer, schedule or loss scale refused.
+    #[error(transparent)]
+    Optim(#[from] deepspeed_optim::OptimError),
+}
+
+fn summary(names: &[String]) -> String {
+    let shown: Vec<&str> = names.iter().take(5).map(String::as_str).collect();
+    let more = names.len().saturating_sub(shown.len());
+    if more > 0 { format!("{} and {more} more", shown.join(", ")) } else { shown.join(", ") }
+}

@@ -1,0 +1,129 @@
+//! What the engine takes from the config, resolved.
+
+use deepspeed_config::{Code, Config, ConfigError, Precision, ZeroStage};
+use deepspeed_core::DType;
+use deepspeed_optim::{DynamicLossScale, LossScaler, OptimError};
+use deepspeed_zero::Stage;
+
+use crate::OnNonFinite;
+
+/// The engine's settings; plain values, so that tests and the Rust face can make them without a file.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The ZeRO stage.
+    pub stage: Stage,
+    /// The dtype the model computes in.
+    pub precision: DType,
+    /// Micro-batches per update.
+    pub accumulation_steps: u64,
+    /// Samples of all ranks per update.
+    pub train_batch_size: u64,
+    /// Samples of one rank per micro-batch.
+    pub micro_batch_size: u64,
+    /// The global gradient norm that is not exceeded; 0 turns clipping off.
+    pub gradient_clipping: f64,
+    /// The dtype gradients travel in; `None` for their own.
+    pub communication_dtype: Option<DType>,
+    /// The dtype gradients are accumulated in; `None` for fp32.
+    pub accumulation_dtype: Option<DType>,
+    /// Divide before the sum over ranks.
+    pub prescale_gradients: bool,
+    /// Part of the division that happens before the sum.
+    pub gradient_predivide_factor: f64,
+    /// What a non-finite gradient means.
+    pub on_non_finite: OnNonFinite,
+    /// Whether parameters that never get a gradient are tolerated.
+    pub ignore_unused_parameters: bool,
+    /// Boundaries between two step lines; `None` for silence.
+    pub steps_per_print: Option<u64>,
+    /// Least number of elements of a unit.
+    pub unit_len: usize,
+}
+
+impl Settings {
+    /// Elements of a unit unless said otherwise: 16 MiB of fp32 gradients, large enough that a collective's fixed
+    /// cost does not show, small enough that units of one model differ little in size.
+    pub const UNIT_LEN: usize = 1 << 22;
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            stage: Stage::Zero,
+            precision: DType::F32,
+            accumulation_steps: 1,
+            train_batch_size: 1,
+            micro_batch_size: 1,
+            gradient_clipping: 1.0,
+            communication_dtype: None,
+            accumulation_dtype: None,
+            prescale_gradients: false,
+            gradient_predivide_factor: 1.0,
+            on_non_finite: OnNonFinite::Fail,
+            ignore_unused_parameters: true,
+            steps_per_print: None,
+            unit_len: Self::UNIT_LEN,
+        }
+    }
+}
+
+impl Settings {
+    /// The settings of `config` for `world` ranks; `world_origin` says where that number came from.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where the batch numbers do not fit together or a stage is not built.
+    pub fn from_config(config: &Config, world: usize, world_origin: &str) -> Result<Self, ConfigError> {
+        let batch = config.resolve_batch(world, world_origin)?;
+        Ok(Self {
+            stage: match config.zero.stage {
+                ZeroStage::Zero => Stage::Zero,
+                ZeroStage::One => Stage::One,
+                ZeroStage::Two => Stage::Two,
+                ZeroStage::Three => {
+                    return Err(config.error_at(
+                        Code::NotBuilt,
+                        "zero_optimization.stage",
+                        "ZeRO stage 3 is not built yet",
+                        ["use stage 2: it shards gradients and optimizer state".to_owned()],
+                    ));
+                }
+            },
+            precision: config.precision.dtype(),
+            accumulation_steps: batch.accumulation as u64,
+            train_batch_size: batch.train as u64,
+            micro_batch_size: batch.micro as u64,
+            gradient_clipping: config.gradient_clipping,
+            communication_dtype: config.communication_dtype,
+            accumulation_dtype: config.grad_accum_dtype,
+            prescale_gradients: config.prescale_gradients,
+            gradient_predivide_factor: config.gradient_predivide_factor,
+            on_non_finite: match config.precision {
+                Precision::Fp32 => OnNonFinite::Fail,
+                Precision::Bf16 if !config.bf16.check_grad_overflow => OnNonFinite::Apply,
+                Precision::Bf16 | Precision::Fp16 => OnNonFinite::Skip,
+            },
+            ignore_unused_parameters: config.zero.ignore_unused_parameters,
+            steps_per_print: config.steps_per_print,
+            unit_len: Self::UNIT_LEN.min(config.zero.reduce_bucket_size.max(1)),
+        })
+    }
+}
+
+/// The loss scaler that `config` asks for: dynamic or fixed in fp16, 1 otherwise.
+///
+/// # Errors
+/// [`OptimError`] where the `fp16` block contradicts itself.
+pub fn loss_scaler(config: &Config) -> Result<LossScaler, OptimError> {
+    let fp16 = &config.fp16;
+    match config.precision {
+        Precision::Fp16 if fp16.dynamic() => LossScaler::dynamic(DynamicLossScale {
+            initial_scale_power: fp16.initial_scale_power,
+            loss_scale_window: fp16.loss_scale_window,
+            hysteresis: u32::try_from(fp16.hysteresis).unwrap_or(u32::MAX),
+            consecutive_hysteresis: fp16.consecutive_hysteresis,
+            min_loss_scale: fp16.min_loss_scale,
+        }),
+        Precision::Fp16 => Ok(LossScaler::fixed(fp16.loss_scale)),
+        Precision::Bf16 | Precision::Fp32 => Ok(LossScaler::fixed(1.0)),
+    }
+}

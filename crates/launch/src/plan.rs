@@ -1,0 +1,330 @@
+//! From arguments and surroundings to a [`LaunchPlan`]: which ranks run what, where, with which environment.
+//!
+//! A pure function: nothing is read, probed or started here, so a plan can be printed and tested as a value. What is left to
+//! the start of the job: a free port where none is given, the job's secret, and the names of the log files.
+
+use crate::args::LaunchArgs;
+use crate::cores;
+use crate::env_file;
+use crate::error::LaunchError;
+use crate::filters::Slot;
+use crate::resources::{self, Device};
+use crate::surroundings::Surroundings;
+use serde::{Serialize, Serializer};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Variables that the launcher itself sets for each rank; an environment file cannot change them.
+const OWN_VARIABLES: [&str; 10] = [
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+    SECRET_VARIABLE,
+];
+
+/// The variable that carries the job's secret: 32 random bytes in hexadecimal, new for each job, by which the ranks of a job know
+/// each other. It travels by environment only and is in no plan and no command line.
+pub const SECRET_VARIABLE: &str = "DS_JOB_SECRET";
+
+/// What is going to be started on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LaunchPlan {
+    /// The host, as the hostfile or the filters call it.
+    pub host: String,
+    /// What a slot is.
+    pub device: Device,
+    /// The slots in use; local rank `i` has `slots[i]`.
+    pub slots: Vec<Slot>,
+    /// Cores that this process may keep busy.
+    pub cores: usize,
+    /// Where rank 0 awaits the others.
+    pub master_addr: String,
+    /// The port for that; `None`: a free one is chosen when the job starts.
+    pub master_port: Option<u16>,
+    /// The user's script, module or program, as given.
+    #[serde(serialize_with = "lossy")]
+    pub script: OsString,
+    /// How the script is run.
+    pub interpreter: Interpreter,
+    /// The ranks, by rank.
+    pub ranks: Vec<RankPlan>,
+    /// The folder for one log file per rank.
+    pub rank_log_dir: Option<PathBuf>,
+    /// What the user should know about the settings.
+    pub notes: Vec<Note>,
+}
+
+/// How the user's script is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Interpreter {
+    /// `python -u script`.
+    Script,
+    /// `python -u -m module`.
+    Module,
+    /// The program itself.
+    None,
+}
+
+/// One rank of the job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RankPlan {
+    /// The rank in the whole job.
+    pub rank: usize,
+    /// The rank on this host.
+    pub local_rank: usize,
+    /// The program and its arguments.
+    #[serde(serialize_with = "lossy_list")]
+    pub command: Vec<OsString>,
+    /// Variables that are set on top of the launcher's own environment.
+    pub env: BTreeMap<String, String>,
+    /// The cores that the rank is bound to, ascending; `None`: all.
+    pub cores: Option<Vec<usize>>,
+}
+
+/// A remark about the settings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Note {
+    /// Whether it is a doubtful setting rather than mere information.
+    pub warning: bool,
+    /// The remark, lower case, one line.
+    pub text: String,
+}
+
+impl Note {
+    /// Mere information.
+    pub(crate) fn info(text: impl Into<String>) -> Self {
+        Self { warning: false, text: text.into() }
+    }
+
+    /// A doubtful setting.
+    pub(crate) fn warning(text: impl Into<String>) -> Self {
+        Self { warning: true, text: text.into() }
+    }
+}
+
+fn lossy<S: Serializer>(word: &OsString, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&word.to_string_lossy())
+}
+
+fn lossy_list<S: Serializer>(words: &[OsString], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(words.iter().map(|word| word.to_string_lossy()))
+}
+
+impl LaunchPlan {
+    /// The number of ranks in the job.
+    pub fn world_size(&self) -> usize {
+        self.ranks.len()
+    }
+
+    /// Fixes the port on which rank 0 awaits the others, where the user has given none.
+    pub(crate) fn meet_at(&mut self, port: u16) {
+        self.master_port = Some(port);
+        for rank in &mut self.ranks {
+            rank.env.insert("MASTER_PORT".to_owned(), port.to_string());
+        }
+    }
+}
+
+/// Resolves the arguments into a plan.
+///
+/// # Errors
+/// Arguments that contradict each other or the machine, a bad hostfile, more than one host.
+pub fn resolve(args: &LaunchArgs, surroundings: &Surroundings) -> Result<LaunchPlan, LaunchError> {
+    let mut notes = Vec::new();
+    let interpreter = match (args.module, args.no_python) {
+        (true, true) => return Err(LaunchError::ModuleWithoutPython),
+        (true, false) => Interpreter::Module,
+        (false, true) => Interpreter::None,
+        (false, false) => Interpreter::Script,
+    };
+    check_autotuning(&args.autotuning)?;
+    let local = resources::resolve(args, surroundings, &mut notes)?;
+    let world = local.slots.len();
+    let bound = bind_cores(args, surroundings, world, &mut notes)?;
+
+    let mut shared = file_variables(surroundings, &mut notes);
+    let mut set = |name: &str, value: String| shared.insert(name.to_owned(), value);
+    set("WORLD_SIZE", world.to_string());
+    set("LOCAL_SIZE", world.to_string());
+    set("CROSS_RANK", "0".to_owned());
+    set("CROSS_SIZE", "1".to_owned());
+    let master_addr = match args.master_addr.trim() {
+        "" => "127.0.0.1".to_owned(),
+        address => address.to_owned(),
+    };
+    set("MASTER_ADDR", master_addr.clone());
+    if let Some(port) = args.master_port {
+        set("MASTER_PORT", port.to_string());
+    }
+    if local.device == Device::Gpu {
+        let list: Vec<String> = local.slots.iter().map(Slot::to_string).collect();
+        set("CUDA_VISIBLE_DEVICES", list.join(","));
+    }
+    if interpreter == Interpreter::None {
+        set("PYTHONUNBUFFERED", "1".to_owned());
+    }
+    if let Some(bound) = &bound {
+        set("OMP_NUM_THREADS", bound[0].len().to_string());
+    } else if surroundings.omp_num_threads.is_none() {
+        shared
+            .entry("OMP_NUM_THREADS".to_owned())
+            .or_insert_with(|| (surroundings.cores / world).max(1).to_string());
+    }
+
+    let ranks = (0..world)
+        .map(|rank| {
+            let mut env = shared.clone();
+            env.insert("RANK".to_owned(), rank.to_string());
+            env.insert("LOCAL_RANK".to_owned(), rank.to_string());
+            Ok(RankPlan {
+                rank,
+                local_rank: rank,
+                command: command(args, surroundings, interpreter, rank)?,
+                env,
+                cores: bound.as_ref().map(|bound| bound[rank].clone()),
+            })
+        })
+        .collect::<Result<Vec<RankPlan>, LaunchError>>()?;
+    Ok(LaunchPlan {
+        host: local.host,
+        device: local.device,
+        slots: local.slots,
+        cores: surroundings.cores,
+        master_addr,
+        master_port: args.master_port,
+        script: args.script().clone(),
+        interpreter,
+        ranks,
+        rank_log_dir: args.rank_log_dir().cloned(),
+        notes,
+    })
+}
+
+/// The words of one rank's command line.
+fn command(
+    args: &LaunchArgs,
+    surroundings: &Surroundings,
+    interpreter: Interpreter,
+    local_rank: usize,
+) -> Result<Vec<OsString>, LaunchError> {
+    let mut words: Vec<OsString> = Vec::new();
+    if interpreter != Interpreter::None {
+        let python = surroundings.python.as_ref().ok_or_else(|| LaunchError::PythonMissing {
+            virtual_env: surroundings.virtual_env.clone().unwrap_or_else(|| "not set".to_owned()),
+        })?;
+        words.extend([python.clone().into_os_string(), "-u".into()]);
+    }
+    if interpreter == Interpreter::Module {
+        words.push("-m".into());
+    }
+    words.push(args.script().clone());
+    if !args.no_local_rank {
+        words.push(format!("--local_rank={local_rank}").into());
+    }
+    words.extend(args.script_args().iter().cloned());
+    Ok(words)
+}
+
+/// Autotuning would change what runs, so asking for it is an error until it exists.
+fn check_autotuning(value: &str) -> Result<(), LaunchError> {
+    match value {
+        "" => Ok(()),
+        "tune" | "run" => Err(LaunchError::NotBuilt {
+            setting: format!("--autotuning={value}"),
+            hint: "; leave it out to train",
+        }),
+        other => Err(LaunchError::UnknownValue {
+            flag: "--autotuning",
+            value: other.to_owned(),
+            known: "tune, run".to_owned(),
+            nearest: String::new(),
+        }),
+    }
+}
+
+/// The cores of each rank, where they are to be bound.
+fn bind_cores(
+    args: &LaunchArgs,
+    surroundings: &Surroundings,
+    world: usize,
+    notes: &mut Vec<Note>,
+) -> Result<Option<Vec<Vec<usize>>>, LaunchError> {
+    let listed = match &args.bind_core_list {
+        None => None,
+        Some(text) => Some((text, cores::parse_list(text)?)),
+    };
+    if !args.bind_cores_to_rank {
+        if listed.is_some() {
+            notes.push(Note::info("--bind_core_list has no effect without --bind_cores_to_rank"));
+        }
+        return Ok(None);
+    }
+    if let Some(value) = &surroundings.kmp_affinity {
+        return Err(LaunchError::KmpAffinity { value: value.clone() });
+    }
+    let (which, pool) = match listed {
+        None => ("the physical cores that this process may use", surroundings.physical_core_ids.clone()),
+        Some((text, list)) => {
+            if let Some(core) = list.iter().find(|core| !surroundings.core_ids.contains(core)) {
+                return Err(LaunchError::CoreList {
+                    text: text.clone(),
+                    what: format!(
+                        "core {core} is not among those that this process may use ({})",
+                        cores::list_cores(&surroundings.core_ids)
+                    ),
+                });
+            }
+            ("of --bind_core_list", list)
+        }
+    };
+    let shares = cores::share_out(&pool, world).ok_or(LaunchError::TooFewCores {
+        cores: pool.len(),
+        which,
+        ranks: world,
+    })?;
+    let unused = pool.len() - shares.len() * shares[0].len();
+    if unused > 0 {
+        notes.push(Note::info(format!(
+            "{unused} of {} cores stay unused: ranks get equal shares",
+            pool.len()
+        )));
+    }
+    Ok(Some(shares))
+}
+
+/// The variables of the environment files, and what is to be said about them.
+fn file_variables(surroundings: &Surroundings, notes: &mut Vec<Note>) -> BTreeMap<String, String> {
+    let mut variables = BTreeMap::new();
+    for (path, text) in &surroundings.env_files {
+        let file = env_file::parse(text);
+        for (line, what) in file.problems {
+            notes.push(Note::warning(format!("{}:{line}: {what}; the line is left out", path.display())));
+        }
+        let mut names: Vec<String> = Vec::new();
+        for (name, value) in file.variables {
+            if OWN_VARIABLES.contains(&name.as_str()) {
+                notes.push(Note::warning(format!(
+                    "{}: {name} is set by the launcher itself; the line is left out",
+                    path.display()
+                )));
+                continue;
+            }
+            if !names.contains(&name) {
+                names.push(name.clone());
+            }
+            variables.insert(name, value);
+        }
+        if !names.is_empty() {
+            notes.push(Note::info(format!("{} sets for every rank: {}", path.display(), names.join(", "))));
+        }
+    }
+    variables
+}

@@ -1,0 +1,191 @@
+//! The launcher's last words after a failure: one report that says who failed first, how, why, and where to read on.
+
+use crate::signals::Ending;
+use std::fmt::{self, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What the report says.
+#[derive(Debug, Clone)]
+pub(crate) struct FailureReport {
+    /// The rank that failed first, or is to blame.
+    pub(crate) rank: usize,
+    /// Its host.
+    pub(crate) host: String,
+    /// Its process.
+    pub(crate) pid: i32,
+    /// How it ended.
+    pub(crate) ending: Ending,
+    /// How long it ran.
+    pub(crate) after: Duration,
+    /// What the kernel says, where it was killed.
+    pub(crate) evidence: Option<String>,
+    /// The last lines of its stderr.
+    pub(crate) last_lines: Vec<String>,
+    /// Ranks that failed by themselves with the same last lines.
+    pub(crate) same: Vec<usize>,
+    /// Ranks that failed by themselves in another way: the rank, how, and its last line of stderr.
+    pub(crate) also: Vec<(usize, Ending, String)>,
+    /// Ranks that the launcher ended.
+    pub(crate) torn_down: Vec<usize>,
+    /// Ranks that had ended well before.
+    pub(crate) finished: Vec<usize>,
+    /// The log file of the rank that failed.
+    pub(crate) log: Option<PathBuf>,
+    /// The launcher's exit code.
+    pub(crate) exit_code: u8,
+}
+
+impl fmt::Display for FailureReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "deepspeed: rank {} failed: {}", self.rank, self.ending.words())?;
+        writeln!(f, "  where:     host {}, process {}, after {}", self.host, self.pid, seconds(self.after))?;
+        if let Some(meaning) = self.ending.meaning() {
+            writeln!(f, "  meaning:   {meaning}")?;
+        }
+        if let Some(evidence) = &self.evidence {
+            writeln!(f, "  evidence:  {evidence}")?;
+        }
+        if !self.same.is_empty() {
+            writeln!(f, "  same end:  {} failed with the same last lines", ranks(&self.same))?;
+        }
+        for (rank, ending, line) in &self.also {
+            let line = if line.is_empty() { String::new() } else { format!(": {line}") };
+            writeln!(f, "  followed:  rank {rank} {}{line}", ending.words())?;
+        }
+        if !self.torn_down.is_empty() {
+            writeln!(f, "  ended:     {}, by the launcher because of this", ranks(&self.torn_down))?;
+        }
+        if !self.finished.is_empty() {
+            writeln!(f, "  finished:  {}, before this", ranks(&self.finished))?;
+        }
+        match &self.log {
+            Some(path) => writeln!(f, "  full log:  {}", path.display())?,
+            None => {
+                writeln!(f, "  full log:  none kept; --enable_each_rank_log DIR keeps one for each rank")?
+            }
+        }
+        writeln!(f, "  exit code: {}", self.exit_code)?;
+        if self.last_lines.is_empty() {
+            return writeln!(f, "  it wrote nothing to stderr");
+        }
+        writeln!(f, "  the end of its stderr:")?;
+        for line in &self.last_lines {
+            writeln!(f, "  | {line}")?;
+        }
+        Ok(())
+    }
+}
+
+/// `40 ms`, `1.2 s`, `3 min 5 s`, `2 h 10 min`.
+fn seconds(time: Duration) -> String {
+    let whole = time.as_secs();
+    match whole {
+        0 => format!("{} ms", time.as_millis()),
+        1..60 => format!("{:.1} s", time.as_secs_f64()),
+        60..3600 => format!("{} min {} s", whole / 60, whole % 60),
+        _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
+/// `rank 3`, `ranks 0-2, 5`.
+pub(crate) fn ranks(list: &[usize]) -> String {
+    let mut text = String::from(if list.len() == 1 { "rank " } else { "ranks " });
+    text.push_str(&crate::cores::list_cores(list).replace(',', ", "));
+    text
+}
+
+/// Whether two ends of stderr say the same: equal but for numbers, since ranks differ in ranks, processes, addresses and times.
+pub(crate) fn is_same_end(one: &[String], other: &[String]) -> bool {
+    fn shape(lines: &[String]) -> String {
+        let mut shape = String::new();
+        for line in lines {
+            let mut in_number = false;
+            for c in line.chars() {
+                let digit = c.is_ascii_digit();
+                if !digit {
+                    shape.push(c);
+                } else if !in_number {
+                    shape.push('#');
+                }
+                in_number = digit;
+            }
+            let _ = writeln!(shape);
+        }
+        shape
+    }
+    !one.is_empty() && shape(one) == shape(other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_killed_rank() {
+        let report = FailureReport {
+            rank: 1,
+            host: "node".into(),
+            pid: 77,
+            ending: Ending::Signal(9),
+            after: Duration::from_millis(12_340),
+            evidence: Some("no out-of-memory event seen".into()),
+            last_lines: vec![],
+            same: vec![],
+            also: vec![(3, Ending::Code(1), "CommError: rank 1 is gone".into())],
+            torn_down: vec![0, 2],
+            finished: vec![],
+            log: None,
+            exit_code: 137,
+        };
+        insta::assert_snapshot!(report, @r"
+            deepspeed: rank 1 failed: killed by signal 9 (SIGKILL)
+              where:     host node, process 77, after 12.3 s
+              evidence:  no out-of-memory event seen
+              followed:  rank 3 exited with code 1: CommError: rank 1 is gone
+              ended:     ranks 0, 2, by the launcher because of this
+              full log:  none kept; --enable_each_rank_log DIR keeps one for each rank
+              exit code: 137
+              it wrote nothing to stderr
+            ");
+    }
+
+    #[test]
+    fn an_exception_on_every_rank() {
+        let report = FailureReport {
+            rank: 0,
+            host: "node".into(),
+            pid: 77,
+            ending: Ending::Code(1),
+            after: Duration::from_secs(4000),
+            evidence: None,
+            last_lines: vec!["Traceback (most recent call last):".into(), "ValueError: no".into()],
+            same: vec![1, 2, 3, 7],
+            also: vec![],
+            torn_down: vec![4],
+            finished: vec![5],
+            log: Some("logs/20260101000000_rank0.log".into()),
+            exit_code: 1,
+        };
+        insta::assert_snapshot!(report, @r"
+            deepspeed: rank 0 failed: exited with code 1
+              where:     host node, process 77, after 1 h 6 min
+              same end:  ranks 1-3, 7 failed with the same last lines
+              ended:     rank 4, by the launcher because of this
+              finished:  rank 5, before this
+              full log:  logs/20260101000000_rank0.log
+              exit code: 1
+              the end of its stderr:
+              | Traceback (most recent call last):
+              | ValueError: no
+            ");
+    }
+
+    #[test]
+    fn ends_are_compared_without_their_numbers() {
+        let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
+        assert!(is_same_end(&lines("a\nrank 1 at 10:12"), &lines("a\nrank 23 at 7:1")));
+        assert!(!is_same_end(&lines("a"), &lines("b")));
+        assert!(!is_same_end(&[], &[]));
+    }
+}

@@ -1,0 +1,208 @@
+//! Checkpoints for Python: tensors and bytes in, tensors and bytes out; the format is `deepspeed-checkpoint`'s.
+
+use std::path::PathBuf;
+
+use deepspeed_checkpoint::{Checkpoint, ElementType, TensorSource};
+use deepspeed_core::{Rank, Span, SpanMut};
+use deepspeed_engine::{Frozen, LoadOptions, SaveRequest, TagRule};
+use pyo3::{
+    exceptions::{PyTypeError, PyValueError},
+    intern,
+    prelude::*,
+    types::{PyBytes, PyDict, PyMapping},
+};
+
+use crate::{
+    engine::{PyEngine, hypers},
+    enter::enter,
+    errors::CheckpointError,
+    tensors::TensorArg,
+};
+
+/// A dense tensor of any dtype: its bytes stay where they are.
+struct RawTensor {
+    name: String,
+    ptr: usize,
+    bytes: usize,
+    shape: Vec<usize>,
+    dtype: ElementType,
+}
+
+impl RawTensor {
+    fn read(name: String, tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = tensor.py();
+        let torch_dtype = tensor.getattr(intern!(py, "dtype"))?.to_string();
+        let dtype = torch_dtype
+            .trim_start_matches("torch.")
+            .parse()
+            .map_err(|error| PyTypeError::new_err(format!("buffer `{name}`: {error}")))?;
+        if !tensor.call_method0(intern!(py, "is_contiguous"))?.extract::<bool>()? {
+            return Err(PyValueError::new_err(format!("buffer `{name}` is not contiguous")));
+        }
+        Ok(Self {
+            ptr: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
+            bytes: tensor.getattr(intern!(py, "nbytes"))?.extract()?,
+            shape: tensor.getattr(intern!(py, "shape"))?.extract()?,
+            name,
+            dtype,
+        })
+    }
+
+    /// # Safety
+    /// The tensor outlives `'a` and nobody writes to it meanwhile.
+    unsafe fn source<'a>(&'a self) -> TensorSource<'a> {
+        let bytes = if self.bytes == 0 {
+            &[]
+        } else {
+            // SAFETY: a dense tensor of `bytes` bytes; lifetime and quiet are the caller's promise.
+            unsafe { std::slice::from_raw_parts(self.ptr as *const u8, self.bytes) }
+        };
+        TensorSource { name: &self.name, dtype: self.dtype, shape: &self.shape, bytes }
+    }
+}
+
+/// Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
+#[pyfunction]
+#[pyo3(signature = (engine, *, save_dir, tag, fail_on_different_tags, save_latest, param_groups, frozen,
+                    exclude_frozen, buffers, blobs, face))]
+#[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
+fn save_checkpoint(
+    py: Python<'_>, mut engine: PyRefMut<'_, PyEngine>, save_dir: PathBuf, tag: String,
+    fail_on_different_tags: bool, save_latest: bool, param_groups: Vec<Bound<'_, PyMapping>>,
+    frozen: &Bound<'_, PyDict>, exclude_frozen: bool, buffers: &Bound<'_, PyDict>, blobs: Vec<(String, Vec<u8>)>,
+    face: &str,
+) -> PyResult<(String, bool, PathBuf)> {
+    let hypers = hypers(engine.kind(), &param_groups)?;
+    let weights = engine.weights(py)?;
+    let frozen = frozen_arguments(frozen)?;
+    let buffers = buffers
+        .iter()
+        .map(|(name, tensor)| RawTensor::read(name.extract()?, &tensor))
+        .collect::<PyResult<Vec<_>>>()?;
+    let face = serde_json::from_str(face).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let engine = &mut engine.engine;
+    enter(py, || {
+        // SAFETY: Python holds all these tensors for the length of this call, and nobody writes to them.
+        let span = |tensor: &TensorArg| unsafe { tensor.span() };
+        let weights: Vec<Span<'_>> = weights.iter().map(span).collect();
+        let frozen: Vec<Frozen<'_>> = frozen
+            .iter()
+            .map(|(name, shape, tensor)| Frozen { name: name.clone(), shape: shape.clone(), data: span(tensor) })
+            .collect();
+        // SAFETY: as above.
+        let tensors: Vec<TensorSource<'_>> = buffers.iter().map(|tensor| unsafe { tensor.source() }).collect();
+        let rule = if fail_on_different_tags { TagRule::Fail } else { TagRule::FirstRank };
+        let saved = engine.save_checkpoint(&SaveRequest {
+            dir: &save_dir,
+            tag: &tag,
+            rule,
+            save_latest,
+            weights: &weights,
+            hypers: &hypers,
+            frozen: &frozen,
+            exclude_frozen,
+            tensors: &tensors,
+            blobs: &blobs,
+            face,
+        })?;
+        Ok::<_, deepspeed_engine::EngineError>((saved.tag, saved.tags_differ, saved.folder))
+    })
+}
+
+/// A checkpoint whose weights and optimizer state are loaded, for what Python reads itself.
+#[pyclass(frozen, name = "LoadedCheckpoint")]
+struct PyLoadedCheckpoint {
+    checkpoint: Checkpoint,
+    rank: Rank,
+}
+
+#[pymethods]
+impl PyLoadedCheckpoint {
+    /// The tag.
+    #[getter]
+    fn tag(&self) -> &str {
+        self.checkpoint.tag()
+    }
+
+    /// The checkpoint's folder.
+    #[getter]
+    fn folder(&self) -> PathBuf {
+        self.checkpoint.folder().to_owned()
+    }
+
+    /// Number of ranks that saved it.
+    #[getter]
+    fn world_size(&self) -> usize {
+        self.checkpoint.manifest().world
+    }
+
+    /// What Python saved as JSON.
+    fn face(&self) -> String {
+        self.checkpoint.state()["face"].to_string()
+    }
+
+    /// This rank's blob, or rank 0's where fewer ranks saved.
+    fn blob<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let read = |rank| self.checkpoint.blob(rank, name).map_err(|error| CheckpointError::new_err(error.to_string()));
+        let bytes = match read(self.rank)? {
+            None if self.rank.index() >= self.checkpoint.manifest().world => read(Rank(0))?,
+            found => found,
+        };
+        Ok(bytes.map(|bytes| PyBytes::new(py, &bytes)))
+    }
+
+    /// The bytes of a buffer, or None if it was not saved.
+    fn buffer<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        if !self.checkpoint.tensors().any(|tensor| tensor.name == name) {
+            return Ok(None);
+        }
+        let bytes = self.checkpoint.tensor(name).map_err(|error| CheckpointError::new_err(error.to_string()))?;
+        Ok(Some(PyBytes::new(py, &bytes)))
+    }
+}
+
+/// Loads into the engine, its parameters and the `frozen` ones. None if there is no `latest` to load.
+#[pyfunction]
+#[pyo3(signature = (engine, *, load_dir, tag, module_only, optimizer_states, strict, param_groups, frozen))]
+#[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
+fn load_checkpoint(
+    py: Python<'_>, mut engine: PyRefMut<'_, PyEngine>, load_dir: PathBuf, tag: Option<String>, module_only: bool,
+    optimizer_states: bool, strict: bool, param_groups: Vec<Bound<'_, PyMapping>>, frozen: &Bound<'_, PyDict>,
+) -> PyResult<Option<PyLoadedCheckpoint>> {
+    let hypers = hypers(engine.kind(), &param_groups)?;
+    let weights = engine.weights(py)?;
+    let frozen = frozen_arguments(frozen)?;
+    let engine = &mut engine.engine;
+    let rank = engine.group().rank();
+    let options = LoadOptions { module_only, optimizer_states, strict };
+    let checkpoint = enter(py, || {
+        // SAFETY: Python holds all these tensors for the length of this call, torch leaves them alone meanwhile, and
+        // no two of them share memory: tied parameters are in the list once.
+        let span = |tensor: &TensorArg| unsafe { tensor.span_mut() };
+        let mut weights: Vec<SpanMut<'_>> = weights.iter().map(span).collect();
+        let mut frozen: Vec<(String, SpanMut<'_>)> =
+            frozen.iter().map(|(name, _, tensor)| (name.clone(), span(tensor))).collect();
+        engine.load_checkpoint(&load_dir, tag.as_deref(), options, &hypers, &mut weights, &mut frozen)
+    })?;
+    Ok(checkpoint.map(|checkpoint| PyLoadedCheckpoint { checkpoint, rank }))
+}
+
+/// Name, shape and memory of each frozen parameter.
+fn frozen_arguments(frozen: &Bound<'_, PyDict>) -> PyResult<Vec<(String, Vec<usize>, TensorArg)>> {
+    frozen
+        .iter()
+        .map(|(name, tensor)| {
+            let name: String = name.extract()?;
+            let shape = tensor.getattr(intern!(tensor.py(), "shape"))?.extract()?;
+            let argument = TensorArg::read(&tensor, &name)?;
+            Ok((name, shape, argument))
+        })
+        .collect()
+}
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<PyLoadedCheckpoint>()?;
+    module.add_function(wrap_pyfunction!(save_checkpoint, module)?)?;
+    module.add_function(wrap_pyfunction!(load_checkpoint, module)?)?;
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! What a ZeRO stage means: who keeps which state, and when gradients are reduced.
+
+/// A ZeRO stage whose mechanism is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Plain data parallelism.
+    Zero,
+    /// Optimizer state is sharded.
+    One,
+    /// Optimizer state and gradients are sharded.
+    Two,
+}
+
+impl Stage {
+    /// The number users write: 0, 1, 2.
+    pub fn number(self) -> u8 {
+        self as u8
+    }
+}
+
+/// When the gradients of a micro-batch meet those of the other ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReduceAt {
+    /// After every backward; only the shard is kept between micro-batches.
+    MicroBatch,
+    /// Once, after the last backward of an accumulation; the whole is kept, in fp32, between micro-batches.
+    Boundary,
+}
+
+/// How much of the optimizer's state a rank keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Residency {
+    /// The rank's shard of each unit.
+    Shard,
+    /// All of it, on every rank.
+    Whole,
+}
+
+/// What the stage decides. Everything else is the same at every stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// When gradients are reduced.
+    pub reduce: ReduceAt,
+    /// Where fp32 masters and optimizer moments live.
+    pub state: Residency,
+}
+
+impl Policy {
+    /// The policy of `stage`; `native` says that the engine's own kernels run the optimizer.
+    ///
+    /// At stage 0 our own optimizers are sharded in secret: the numbers are the same (ZERO-3) and the state takes
+    /// a world's part of the memory. A client's optimizer may look at whole parameters (LBFGS, Muon), so at stage
+    /// 0 it gets whole ones.
+    pub fn new(stage: Stage, native: bool) -> Self {
+        Self {
+            reduce: if stage < Stage::Two { ReduceAt::Boundary } else { ReduceAt::MicroBatch },
+            state: if stage == Stage::Zero && !native { Residency::Whole } else { Residency::Shard },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_client_optimizer_at_stage_0_sees_whole_state() {
+        assert_eq!(Policy::new(Stage::Zero, false).state, Residency::Whole);
+        assert_eq!(Policy::new(Stage::Zero, true).state, Residency::Shard);
+        assert_eq!(Policy::new(Stage::One, false).state, Residency::Shard);
+        assert_eq!(Policy::new(Stage::Two, true).reduce, ReduceAt::MicroBatch);
+    }
+}

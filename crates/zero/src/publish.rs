@@ -1,0 +1,229 @@
+//! An updated shard becomes weights on every rank: update and all-gather in one pass.
+
+use std::ops::Range;
+
+use deepspeed_comm::{CommError, Group, PiecesMut};
+use deepspeed_core::{DType, Layout, ParamId, Rank, SpanMut, Unit, UnitId};
+
+use crate::UnitShard;
+
+/// Consecutive elements of a shard that share an optimizer parameter group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The unit they are in.
+    pub unit: UnitId,
+    /// The first parameter they belong to; the only one unless the update merges parameters.
+    pub param: ParamId,
+    /// The optimizer's parameter group.
+    pub group: usize,
+    /// First element inside the shard.
+    pub start: usize,
+    /// Number of elements.
+    pub len: usize,
+}
+
+/// The memory of one run, or of a part of one; all slices are equally long.
+#[derive(Debug)]
+pub struct RunMemory<'a> {
+    /// fp32 masters, to be updated.
+    pub master: &'a mut [f32],
+    /// Averaged gradients, still multiplied by the loss scale. Writable, so that an update in two phases can keep
+    /// its direction there.
+    pub gradient: &'a mut [f32],
+    /// The optimizer's state tensors.
+    pub state: Vec<&'a mut [f32]>,
+    /// Where the new weights go in the model's dtype. `None` where the masters are the weights.
+    pub out: Option<SpanMut<'a>>,
+}
+
+/// The optimizer as sharding sees it: something that updates runs.
+pub trait ShardUpdate {
+    /// Whether neighbouring parameters of one group may be updated as one run. False for an optimizer that needs to
+    /// know where parameters begin.
+    fn merges_params(&self) -> bool;
+
+    /// Updates `memory.master` and writes the result to `memory.out` too.
+    fn update(&mut self, run: Run, memory: RunMemory<'_>);
+}
+
+/// The runs of `rank`'s shard of `unit`, in order.
+fn runs(layout: &Layout, unit: &Unit, rank: Rank, merge: bool) -> Vec<Run> {
+    let shard = unit.shard(rank);
+    let mut runs: Vec<Run> = Vec::new();
+    for fragment in unit.fragments(shard.clone()) {
+        let group = layout.param(fragment.param).group;
+        let start = fragment.unit_offset - shard.start;
+        match runs.last_mut() {
+            Some(last) if merge && last.group == group && last.start + last.len == start => {
+                last.len += fragment.len
+            }
+            _ => runs.push(Run { unit: unit.id, param: fragment.param, group, start, len: fragment.len }),
+        }
+    }
+    runs
+}
+
+/// The weights of one unit, apart: what this rank owns and what the others own.
+struct UnitWeights<'a> {
+    /// The caller's shard, by run, offsets inside the shard.
+    own: Vec<(usize, SpanMut<'a>)>,
+    /// Everything else, offsets inside the unit.
+    others: Vec<(usize, SpanMut<'a>)>,
+}
+
+impl<'a> UnitWeights<'a> {
+    /// Borrows the unit's weights out of `weights`, which is indexed by parameter id.
+    fn split(unit: &Unit, shard: &Range<usize>, weights: &'a mut [SpanMut<'_>]) -> Self {
+        let mut parts = Self { own: Vec::new(), others: Vec::new() };
+        let first = unit.slots.first().map_or(0, |slot| slot.param.index());
+        let mut spans = weights.iter_mut().enumerate().skip(first);
+        for slot in &unit.slots {
+            let (_, span) = spans
+                .find(|(index, _)| *index == slot.param.index())
+                .expect("invariant: a span per parameter");
+            let (start, end) = (slot.offset, slot.offset + slot.len);
+            let own_start = shard.start.clamp(start, end);
+            let own_end = shard.end.clamp(start, end);
+            let (head, tail) = span.slice_mut(0, slot.len).split_at(own_start - start);
+            let (own, tail) = tail.split_at(own_end - own_start);
+            if !head.is_empty() {
+                parts.others.push((start, head));
+            }
+            if !own.is_empty() {
+                parts.own.push((own_start - shard.start, own));
+            }
+            if !tail.is_empty() {
+                parts.others.push((own_end, tail));
+            }
+        }
+        parts
+    }
+}
+
+/// Updates the caller's shard of every unit and fills everybody's `weights` (by parameter id) with the result.
+///
+/// # Errors
+/// [`CommError`], as [`Group::all_gather`].
+pub fn publish(
+    group: &dyn Group,
+    layout: &Layout,
+    shards: &mut [UnitShard],
+    weights: &mut [SpanMut<'_>],
+    update: &mut dyn ShardUpdate,
+) -> Result<(), CommError> {
+    for unit in &layout.units {
+        let shard = &mut shards[unit.id.index()];
+        let own_range = unit.shard(group.rank());
+        let mut parts = UnitWeights::split(unit, &own_range, weights);
+        let in_place = shard.master.is_none();
+        let runs = runs(layout, unit, group.rank(), !in_place && update.merges_params());
+        if group.world() == 1 {
+            for (run, (_, out)) in by_param(&runs, &mut parts.own) {
+                update_part(run, run.start..run.start + run.len, shard, out, None, update);
+            }
+            continue;
+        }
+        let mut output = PiecesMut { len: unit.len(), runs: parts.others };
+        let mut own = parts.own;
+        if !in_place {
+            let start = own_range.start;
+            output.runs.extend(own.drain(..).map(|(offset, span)| (start + offset, span)));
+            output.runs.sort_by_key(|(offset, _)| *offset);
+        }
+        let mut produce = |range: Range<usize>, mut slot: SpanMut<'_>| {
+            let first = runs.partition_point(|run| run.start + run.len <= range.start);
+            for (index, run) in runs.iter().enumerate().skip(first) {
+                let part = run.start.max(range.start)..(run.start + run.len).min(range.end);
+                if part.is_empty() {
+                    break;
+                }
+                let out = slot.slice_mut(part.start - range.start, part.len());
+                let own = own.get_mut(index).map(|(_, span)| span);
+                update_part(*run, part, shard, own, Some(out), update);
+            }
+        };
+        let what = unit_name(layout, unit);
+        group.all_gather(&what, unit.dtype, &mut produce, &mut output)?;
+    }
+    Ok(())
+}
+
+/// Pairs each run with the weights it covers. In a world of one the shard is the unit, so every run is backed by
+/// whole parameters; a merged run is backed by several, hence the split back into one run per parameter.
+fn by_param<'r, 'a>(
+    runs: &'r [Run],
+    own: &'r mut [(usize, SpanMut<'a>)],
+) -> impl Iterator<Item = (Run, (usize, Option<&'r mut SpanMut<'a>>))> {
+    own.iter_mut().map(move |(start, span)| {
+        let at = runs.partition_point(|run| run.start + run.len <= *start);
+        let run = Run { start: *start, len: span.len(), ..runs[at] };
+        (run, (*start, Some(span)))
+    })
+}
+
+/// Updates the elements `part` of a shard. Where the masters are the weights, `own` is their memory; else `own`, if
+/// given, and `out` are where the new weights go.
+fn update_part(
+    run: Run,
+    part: Range<usize>,
+    shard: &mut UnitShard,
+    own: Option<&mut SpanMut<'_>>,
+    out: Option<SpanMut<'_>>,
+    update: &mut dyn ShardUpdate,
+) {
+    let gradient = &mut shard.gradient.as_f32_mut()[part.clone()];
+    let state = shard.state.iter_mut().map(|tensor| &mut tensor.as_f32_mut()[part.clone()]).collect();
+    let in_run = part.start - run.start;
+    let whole_run = Run { start: part.start, len: part.len(), ..run };
+    match &mut shard.master {
+        Some(master) => {
+            let master = &mut master.as_f32_mut()[part.clone()];
+            let out = out.or_else(|| own.map(|span| span.slice_mut(in_run, part.len())));
+            update.update(whole_run, RunMemory { master, gradient, state, out });
+        }
+        None => {
+            let weights = own.expect("invariant: weights that serve as masters are at hand");
+            let mut weights = weights.slice_mut(in_run, part.len());
+            let master = weights.as_f32_mut().expect("invariant: masters in place are fp32");
+            update.update(whole_run, RunMemory { master, gradient, state, out });
+        }
+    }
+}
+
+/// Gives every rank the whole averaged gradient times `scale`, in `outputs` (by parameter id, fp32): what a
+/// client's optimizer at stage 0 steps on.
+///
+/// # Errors
+/// [`CommError`], as [`Group::all_gather`].
+pub fn gather_gradients(
+    group: &dyn Group,
+    layout: &Layout,
+    shards: &mut [UnitShard],
+    outputs: &mut [SpanMut<'_>],
+    scale: f32,
+) -> Result<(), CommError> {
+    for unit in &layout.units {
+        let shard = &mut shards[unit.id.index()];
+        let own_range = unit.shard(group.rank());
+        if scale != 1.0 {
+            deepspeed_kernels::scale_in_place(shard.gradient.as_f32_mut(), scale);
+        }
+        let parts = UnitWeights::split(unit, &own_range, outputs);
+        let start = own_range.start;
+        let mut runs = parts.others;
+        runs.extend(parts.own.into_iter().map(|(offset, span)| (start + offset, span)));
+        runs.sort_by_key(|(offset, _)| *offset);
+        let mut output = PiecesMut { len: unit.len(), runs };
+        let mut produce = |range: Range<usize>, slot: SpanMut<'_>| {
+            deepspeed_kernels::cast((&shard.gradient.as_f32()[range]).into(), slot);
+        };
+        group.all_gather(&unit_name(layout, unit), DType::F32, &mut produce, &mut output)?;
+    }
+    Ok(())
+}
+
+/// How messages name a unit: by its first parameter.
+pub fn unit_name(layout: &Layout, unit: &Unit) -> String {
+    let first = unit.slots.first().map_or("", |slot| layout.param(slot.param).name.as_str());
+    format!("unit {} ({first})", unit.id)
+}

@@ -1,0 +1,71 @@
+"""DeepSpeed: trains any torch.nn.Module across processes, in mixed precision, with its state sharded.
+
+Importing this package has no side effects and costs next to nothing: everything below is imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deepspeed._lazy import attach
+
+__version__ = "0.20.0"
+__version_major__, __version_minor__, __version_patch__ = 0, 20, 0
+__git_hash__: str | None = None
+__git_branch__: str | None = None
+
+if TYPE_CHECKING:
+    from deepspeed import accelerator, comm, ops, runtime, utils
+    from deepspeed import comm as dist
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm import init_distributed
+    from deepspeed.runtime.arguments import add_config_arguments
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.initialize import initialize
+    from deepspeed.utils import log_dist, logger
+
+__getattr__, __dir__ = attach(
+    __name__,
+    submodules=(
+        "_native",
+        "accelerator",
+        "checkpoint",
+        "comm",
+        "inference",
+        "launcher",
+        "module_inject",
+        "ops",
+        "pipe",
+        "runtime",
+        "utils",
+    ),
+    attributes={
+        "dist": "deepspeed:comm",
+        "zero": "deepspeed.runtime:zero",
+        "checkpointing": "deepspeed.runtime.activation_checkpointing:checkpointing",
+        "get_accelerator": "deepspeed.accelerator",
+        "initialize": "deepspeed.runtime.initialize",
+        "DeepSpeedEngine": "deepspeed.runtime.engine",
+        "init_distributed": "deepspeed.comm",
+        "add_config_arguments": "deepspeed.runtime.arguments",
+        "DeepSpeedOptimizer": "deepspeed.runtime.base_optimizer",
+        "ZeROOptimizer": "deepspeed.runtime.base_optimizer",
+        "DeepSpeedConfig": "deepspeed.runtime.config",
+        "DeepSpeedConfigError": "deepspeed.runtime.config",
+        "log_dist": "deepspeed.utils",
+        "logger": "deepspeed.utils",
+        "OnDevice": "deepspeed.utils",
+        "PipelineModule": "deepspeed.pipe",
+        "PipelineEngine": "deepspeed.pipe",
+        "InferenceEngine": "deepspeed.inference",
+        "DeepSpeedHybridEngine": "deepspeed.inference",
+        "init_inference": "deepspeed.inference",
+        "default_inference_config": "deepspeed.inference",
+        "tp_model_init": "deepspeed.inference",
+        "DeepSpeedTransformerLayer": "deepspeed.inference",
+        "DeepSpeedTransformerConfig": "deepspeed.inference",
+        "replace_transformer_layer": "deepspeed.module_inject",
+        "set_autotp_mode": "deepspeed.module_inject",
+    },
+)

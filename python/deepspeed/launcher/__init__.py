@@ -1,0 +1,1 @@
+"""The launcher is the native `deepspeed` command; these modules keep `python -m deepspeed.launcher...` working."""

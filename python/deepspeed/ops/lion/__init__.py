@@ -1,0 +1,5 @@
+"""Lion."""
+
+from deepspeed.ops.lion.lion import DeepSpeedCPULion, FusedLion
+
+__all__ = ["DeepSpeedCPULion", "FusedLion"]

@@ -1,0 +1,371 @@
+"""`DeepSpeedEngine`: a module, and the native engine that trains it.
+
+What happens in a step is decided and done in Rust (`_native.Engine`); this class hands it tensors at the three
+moments that matter (end of backward, step, checkpoint) and keeps the face that scripts and libraries know.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from deepspeed import _native
+from deepspeed import comm as dist
+from deepspeed.runtime import process_group
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine_checkpoint import CheckpointMethods
+from deepspeed.runtime.engine_config import ConfigMethods
+from deepspeed.runtime.optimizer_setup import build_optimizer, build_scheduler
+from deepspeed.runtime.parameters import TrainedParameters, cast_floating, grad_tensors
+from deepspeed.runtime.zero_optimizer import DeepSpeedZeroOptimizer
+from deepspeed.utils.logging import log_dist, logger
+
+# Attributes of the engine itself, which never fall through to the module.
+_OWN = frozenset({"module", "_native", "optimizer", "lr_scheduler"})
+
+
+class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
+    """What `deepspeed.initialize` returns first.
+
+    Call it like the module, then `backward(loss)` and `step()`; the loop is the same whatever the ZeRO stage,
+    the precision and the number of ranks. Attributes it does not have are looked up on the module.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        model: torch.nn.Module,
+        optimizer: Any = None,
+        model_parameters: Any = None,
+        training_data: Any = None,
+        lr_scheduler: Any = None,
+        mpu: Any = None,
+        dist_init_required: bool | None = None,
+        collate_fn: Callable[..., Any] | None = None,
+        config: Any = None,
+        config_class: DeepSpeedConfig | None = None,
+    ):
+        super().__init__()
+        self.module = model
+        self.mpu = mpu
+        self.collate_fn = collate_fn
+        self.client_optimizer = optimizer
+        self.client_lr_scheduler = lr_scheduler
+        self._config = config_class or DeepSpeedConfig(config, mpu)
+        self.config: dict[str, Any] = self._config._param_dict
+        self.global_rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.dp_world_size = self.seq_dp_world_size = self.world_size
+        self.mp_world_size = 1
+        self.loaded_checkpoint_dp_world_size: int | None = None
+        self.device = torch.device("cpu")
+        self.training_dataloader = None
+        self.losses: torch.Tensor | None = None
+        self._compiled = False
+        self._collect_queued = False
+        self._in_backward = False
+        self._loss_scaled = False
+
+        self._group = process_group.native_group()
+        native_config = self._config.native
+        self._trained = TrainedParameters(model)
+        self._trained.check_devices()
+        self._broadcast_model()
+        self.basic_optimizer = build_optimizer(optimizer, model_parameters, model, native_config)
+        self._trained.select(self.basic_optimizer)
+        self._native = _native.Engine(
+            config=native_config,
+            names=self._trained.names,
+            tensors=self._trained.tensors,
+            dtypes=[native_config.compute_dtype(p.dtype) for p in self._trained.tensors],
+            groups=self._trained.groups,
+            optimizer=getattr(self.basic_optimizer, "ds_kind", None),
+            has_optimizer=self.basic_optimizer is not None,
+            param_groups=self._group_options(),
+            group=self._group,
+        )
+        # The optimizer is wrapped before the cast: the masters of a client's optimizer keep the original precision.
+        self.optimizer = self._wrap_optimizer()
+        cast_floating(model, native_config.compute_dtype)
+        self.lr_scheduler = build_scheduler(lr_scheduler, self.basic_optimizer, native_config)
+        if training_data is not None:
+            self.training_dataloader = self.deepspeed_io(training_data)
+        log_dist(self._native.summary(), ranks=[0])
+        if self._config.dump_state:
+            log_dist(native_config.differences(), ranks=[0])
+
+    # -- construction ----------------------------------------------------------------------------------------------
+
+    def _broadcast_model(self) -> None:
+        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        self._group.broadcast({name: tensor.data for name, tensor in tensors.items()}, 0)
+
+    def _wrap_optimizer(self) -> DeepSpeedZeroOptimizer | None:
+        if self.basic_optimizer is None:
+            return None
+        dtype_for = self._config.native.compute_dtype
+        return DeepSpeedZeroOptimizer(self.basic_optimizer, self._native, self._trained, dtype_for)
+
+    def _group_options(self) -> list[dict[str, Any]]:
+        groups = self.basic_optimizer.param_groups if self.basic_optimizer is not None else []
+        return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[..., Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:
+        """A loader of this rank's share of `dataset` in micro-batches of `batch_size` samples (the config's by
+        default). `route` is "train", "eval" or "predict"; only "train" shuffles."""
+        from deepspeed.runtime.dataloader import DeepSpeedDataLoader
+
+        if route not in ("train", "eval", "predict"):
+            raise ValueError(f"unknown route {route!r}, expected train, eval or predict")
+        if route != "train" and data_sampler is None:
+            data_sampler = torch.utils.data.distributed.DistributedSampler(
+                dataset, num_replicas=self.dp_world_size, rank=self.global_rank, shuffle=False
+            )
+        return DeepSpeedDataLoader(
+            dataset,
+            batch_size or self.train_micro_batch_size_per_gpu(),
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            local_rank=self.local_rank,
+            collate_fn=collate_fn or self.collate_fn,
+            num_local_io_workers=num_local_io_workers,
+            data_sampler=data_sampler,
+            data_parallel_world_size=self.dp_world_size,
+            data_parallel_rank=self.global_rank,
+            dataloader_drop_last=self._config.dataloader_drop_last,
+        )
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Runs the module and returns what it returns."""
+        self._native.mark("forward")
+        try:
+            if self._config.fp16_auto_cast:
+                inputs, kwargs = cast_floating((inputs, kwargs), self._config.native.compute_dtype)
+            output = self.module(*inputs, **kwargs)
+        finally:
+            self._native.mark(None)
+        if self.training and torch.is_grad_enabled():
+            for tensor in grad_tensors(output):
+                tensor.register_hook(self._on_output_gradient)
+        return output
+
+    def _on_output_gradient(self, _gradient: torch.Tensor) -> None:
+        # Fires when a backward pass reaches the module's output, also when the client calls loss.backward() itself:
+        # the engine then takes the gradients when that pass is over.
+        if not self._in_backward and not self._collect_queued:
+            self._collect_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_client_backward)
+
+    def _after_client_backward(self) -> None:
+        self._collect_queued = False
+        self._native.end_backward(scaled=self._loss_scaled, averaged=False)
+        self._loss_scaled = False
+
+    def backward(
+        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any
+    ) -> torch.Tensor:
+        """Computes gradients of `loss` (a scalar) and reduces or accumulates them. Returns the loss divided by the
+        accumulation steps, or as it is with `scale_wrt_gas=False`."""
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"backward() needs a scalar loss, got {shape}: take .mean() or .sum() of it")
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss given to backward() does not depend on any trainable parameter: was it computed under "
+                "torch.no_grad(), with .detach() or .item(), or from outputs of another model?"
+            )
+        if self._native.wants_loss():
+            self._native.set_loss(loss.item())
+        self._native.mark("backward")
+        self._in_backward = True
+        try:
+            factor = self._native.loss_factor(scale_wrt_gas)
+            scaled = loss if factor == 1.0 else loss.float() * factor
+            scaled.backward(retain_graph=retain_graph, **kwargs)
+        finally:
+            self._in_backward = False
+            self._native.mark(None)
+        self._native.end_backward(scaled=True, averaged=True)
+        return loss.detach() / self.gradient_accumulation_steps() if scale_wrt_gas else loss.detach()
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """`loss` times the loss scale, for a client that then calls `.backward()` on the result itself."""
+        factor = self._native.loss_factor(False)
+        self._loss_scaled = True
+        return loss if factor == 1.0 else loss.float() * factor
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Ends the micro-batch; at an accumulation boundary updates the weights and the learning rate."""
+        if self.optimizer is None:
+            report = self._native.step_without_optimizer()
+        else:
+            self._native.collect_leftovers()
+            report = self.optimizer.engine_step()
+        if report.unused:
+            logger.warning(
+                "no gradient reached %d trainable parameters in the first step, on any rank: %s. They stay as they "
+                "are; freeze them, or set zero_optimization.ignore_unused_parameters to false to make this an error",
+                len(report.unused),
+                ", ".join(report.unused[:5]) + (", ..." if len(report.unused) > 5 else ""),
+            )
+        if report.skipped is not None:
+            log_dist(f"step {self.global_steps} skipped: {report.skipped}", ranks=[0], level=30)
+        if report.applied and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        if report.line is not None and self.global_rank == 0:
+            print(report.line, flush=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of the current accumulation."""
+        self._native.discard_gradients()
+        self.module.zero_grad(set_to_none=set_to_none)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """A stretch in which backward passes accumulate on this rank alone; below stage 2, and without step()."""
+        assert self.zero_optimization_stage() < 2, (
+            f"no_sync() is not possible at ZeRO stage {self.zero_optimization_stage()}: the stage reduces gradients "
+            "after every backward; use gradient_accumulation_steps, or stage 0 or 1"
+        )
+        self._native.suspend(True)
+        try:
+            yield
+        finally:
+            self._native.suspend(False)
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-batch is the last before an update."""
+        return self._native.is_boundary()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """From here on the caller decides which micro-batch is the last before an update."""
+        self._native.force_boundary(is_boundary)
+
+    def allreduce_gradients(self, bucket_size: int = 500_000_000) -> None:
+        """Takes part in reducing what backward left; nothing to do where backward already has."""
+        self._native.collect_leftovers()
+
+    # -- facts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def global_steps(self) -> int:
+        """Accumulation boundaries passed, skipped updates included."""
+        return self._native.counters()["global_steps"]
+
+    @property
+    def global_samples(self) -> int:
+        """Samples of all ranks up to the last boundary."""
+        return self._native.counters()["global_samples"]
+
+    @property
+    def micro_steps(self) -> int:
+        """Calls of step()."""
+        return self._native.counters()["micro_steps"]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Boundaries without an update because a gradient was not finite."""
+        return self._native.counters()["skipped_steps"]
+
+    def get_global_grad_norm(self) -> float | None:
+        """L2 norm of all averaged gradients of the last boundary, unscaled, before clipping; inf where the update
+        was skipped; None before the first."""
+        return self._native.norm()
+
+    def was_step_applied(self) -> bool:
+        """Whether the last boundary updated the weights."""
+        return self._native.was_applied()
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each parameter group."""
+        return [group["lr"] for group in self.basic_optimizer.param_groups] if self.basic_optimizer else []
+
+    def get_mom(self) -> list[Any]:
+        """Momentum, or betas, of each parameter group."""
+        if self.basic_optimizer is None:
+            return []
+        return [group.get("betas", group.get("momentum")) for group in self.basic_optimizer.param_groups]
+
+    def get_type(self) -> list[str]:
+        """Name of the optimizer for each parameter group."""
+        return [type(self.basic_optimizer).__name__ for _ in (self.get_lr())]
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank among those that share the model's state."""
+        return self.global_rank
+
+    def get_model_parallel_rank(self) -> int:
+        """0: there is no model parallelism."""
+        return 0
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Changes the samples per update by changing the accumulation steps."""
+        self._native.set_train_batch_size(train_batch_size)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Changes the samples per rank and micro-batch; the accumulation steps stay."""
+        self._native.set_micro_batch_size(micro_batch_size)
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps."""
+        return self._native.batch()
+
+    def module_state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """The module's state dict, in the dtype it computes in."""
+        return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def load_module_state_dict(
+        self, checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Callable[..., Any] | None = None
+    ) -> None:
+        """Loads weights, from `checkpoint["module"]` or from `checkpoint` itself, and refreshes the fp32 masters."""
+        state = checkpoint.get("module", checkpoint)
+        if custom_load_fn is not None:
+            custom_load_fn(src=state, dst=self.module)
+        else:
+            self.module.load_state_dict(state, strict=strict)
+        self._native.load_masters()
+
+    def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **_ignored: Any) -> None:
+        """Compiles the module in place with torch.compile's machinery."""
+        self.module.compile(backend=backend, **(compile_kwargs or {}))
+        self._compiled = True
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compile() was called."""
+        return self._compiled
+
+    def train(self, mode: bool = True) -> DeepSpeedEngine:
+        """Puts the module in training mode, or out of it."""
+        self.training = mode
+        self.module.train(mode)
+        return self
+
+    def destroy(self) -> None:
+        """Leaves the process group; the engine is of no use afterwards, the module is."""
+        self._native.destroy()
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        if name not in _OWN and "module" in modules:
+            try:
+                return getattr(modules["module"], name)
+            except AttributeError:
+                pass
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")

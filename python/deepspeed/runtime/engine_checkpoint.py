@@ -1,0 +1,239 @@
+"""`save_checkpoint` and `load_checkpoint`: what Python adds to the native checkpoint.
+
+The native part saves and restores weights, masters, optimizer state, counters and the loss scale. Python hands it
+buffers, the parameter groups, the schedule's state, random states and the client's state.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deepspeed import _native
+from deepspeed.utils.logging import logger, warning_once
+
+
+class CheckpointMethods:
+    """Mixed into the engine."""
+
+    module: torch.nn.Module
+    _native: Any
+    _trained: Any
+    _config: Any
+    basic_optimizer: Any
+    optimizer: Any
+    lr_scheduler: Any
+    global_rank: int
+    global_steps: int
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        client_sd: dict[str, Any] | None = None,
+    ) -> bool:
+        """Saves the whole state of the run as `save_dir/tag`, whole or not at all. Every rank calls it.
+
+        tag           any printable value, by default `global_step{N}`; where ranks differ, rank 0's.
+        client_state  what `load_checkpoint` gives back (`client_sd` is another name for it); each rank its own.
+        save_latest   whether `load_checkpoint` without a tag takes this one from now on.
+        """
+        if not os.fspath(save_dir):
+            raise ValueError("save_dir is empty: give the folder in which checkpoints are kept")
+        if client_state is not None and client_sd is not None:
+            raise ValueError("client_sd is another name for client_state: give one of them")
+        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        state = client_state if client_state is not None else client_sd
+        used, differ, folder = _native.save_checkpoint(
+            self._native,
+            save_dir=os.fspath(save_dir),
+            tag=tag,
+            fail_on_different_tags=self._config.checkpoint_tag_validation_fail,
+            save_latest=save_latest,
+            param_groups=self._group_options(),
+            frozen=self._frozen(),
+            exclude_frozen=exclude_frozen_parameters,
+            buffers=self._buffers(),
+            blobs=[("client_state", _pack(dict(state or {}))), ("python", _pack(self._python_state()))],
+            face=json.dumps({"module": type(self.module).__name__}),
+        )
+        if differ and self._config.checkpoint_tag_validation_enabled and self.global_rank == 0:
+            warning_once(
+                f"ranks save under different tags; rank 0's ({used}) is used. Set checkpoint.tag_validation to FAIL to "
+                "make this an error, or IGNORE to silence it"
+            )
+        logger.info("saved checkpoint %s", folder)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+        trust_client_state: bool = False,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Continues from `load_dir/tag`, or from the latest checkpoint. Every rank calls it.
+
+        Returns the checkpoint's folder and the client state; (None, None) and a warning where there is no checkpoint
+        and no tag was asked for. A tag that is missing or damaged is an error. Code in a checkpoint is executed only
+        with `trust_client_state=True`, which a client state of classes of one's own needs.
+        """
+        if custom_load_fn is not None:
+            raise NotImplementedError("load_checkpoint(custom_load_fn=...) is not built yet; docs/migration.md")
+        loaded = _native.load_checkpoint(
+            self._native,
+            load_dir=os.fspath(load_dir),
+            tag=None if tag is None else str(tag),
+            module_only=load_module_only,
+            optimizer_states=load_optimizer_states,
+            strict=load_module_strict,
+            param_groups=self._group_options(),
+            frozen=self._frozen(),
+        )
+        if loaded is None:
+            logger.warning(
+                "no checkpoint in %s: there is no file `latest` in it. Training goes on from where it is; pass a tag to "
+                "make a missing checkpoint an error",
+                load_dir,
+            )
+            return None, None
+        self._load_buffers(loaded, load_module_strict)
+        self.loaded_checkpoint_dp_world_size = loaded.world_size
+        if not load_module_only:
+            state = _unpack(loaded.blob("python"), "python", loaded.folder, trust_client_state)
+            self._load_python_state(state, load_optimizer_states, load_lr_scheduler_states)
+        client_state = _unpack(loaded.blob("client_state"), "client_state", loaded.folder, trust_client_state)
+        return os.fspath(loaded.folder), client_state
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Writes the weights, as the model computes with them, as one torch file. Every rank may call it; rank 0
+        writes."""
+        if self.global_rank == 0:
+            os.makedirs(save_dir, exist_ok=True)
+            state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
+            path = os.path.join(save_dir, save_filename)
+            temporary = f"{path}.tmp-{os.getpid()}"
+            try:
+                torch.save(state, temporary)
+                os.replace(temporary, path)
+            finally:
+                if os.path.exists(temporary):
+                    os.remove(temporary)
+        return True
+
+    save_fp16_model = save_16bit_model
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
+        """The module's state dict on rank 0, None elsewhere."""
+        if self.global_rank != 0:
+            return None
+        frozen = self._frozen() if exclude_frozen_parameters else {}
+        return {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+
+    _zero3_consolidated_16bit_state_dict = _consolidated_16bit_state_dict
+
+    # -- what is saved ---------------------------------------------------------------------------------------------
+
+    def _frozen(self) -> dict[str, torch.Tensor]:
+        trained = set(self._trained.names)
+        return {name: p.data for name, p in self.module.named_parameters() if name not in trained}
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        saved = self.module.state_dict(keep_vars=True)
+        return {name: b.contiguous() for name, b in self.module.named_buffers() if name in saved}
+
+    def _load_buffers(self, loaded: Any, strict: bool) -> None:
+        for name, buffer in self.module.named_buffers():
+            if name not in self._buffers():
+                continue
+            data = loaded.buffer(name)
+            if data is None:
+                if strict:
+                    raise KeyError(f"checkpoint {loaded.folder} has no buffer `{name}`; load_module_strict=False skips it")
+                continue
+            if len(data) != buffer.nbytes:
+                raise ValueError(
+                    f"buffer `{name}` has {len(data)} bytes in checkpoint {loaded.folder} and {buffer.nbytes} in the model"
+                )
+            if data:
+                buffer.copy_(torch.frombuffer(bytearray(data), dtype=buffer.dtype).view(buffer.shape))
+
+    def _python_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"random": _random_states(), "param_groups": self._group_options()}
+        if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "state_dict"):
+            state["lr_scheduler"] = self.lr_scheduler.state_dict()
+        if self.basic_optimizer is not None and getattr(self.basic_optimizer, "ds_kind", None) is None:
+            state["optimizer"] = self.basic_optimizer.state_dict()
+        return state
+
+    def _load_python_state(self, state: dict[str, Any], optimizer: bool, scheduler: bool) -> None:
+        if optimizer and self.basic_optimizer is not None:
+            if "optimizer" in state:
+                self.basic_optimizer.load_state_dict(state["optimizer"])
+            for group, saved in zip(self.basic_optimizer.param_groups, state["param_groups"]):
+                group.update(saved)
+        if scheduler and self.lr_scheduler is not None and "lr_scheduler" in state:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        _set_random_states(state["random"])
+
+    def _group_options(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, position, has_gauss, gauss = numpy.random.get_state()
+        states["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss)
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and "numpy" in states:
+        kind, keys, position, has_gauss, gauss = states["numpy"]
+        numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, gauss))
+
+
+def _pack(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes | None, what: str, folder: Any, trust: bool) -> dict[str, Any]:
+    if data is None:
+        return {}
+    try:
+        return torch.load(io.BytesIO(data), weights_only=not trust)
+    except Exception as error:
+        if trust:
+            raise
+        raise ValueError(
+            f"the {what} of checkpoint {folder} holds objects that only its own code can rebuild, and code from a "
+            "checkpoint is not executed unless you say so: call load_checkpoint(..., trust_client_state=True) if you "
+            f"trust whoever wrote it, or torch.serialization.add_safe_globals([...]) first ({error})"
+        ) from error

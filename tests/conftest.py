@@ -1,0 +1,36 @@
+"""Fixtures for every Python test: ranks forked from one server that has torch imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import run_outcomes, run_ranks
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[Any]]:
+    """`harness.run_ranks`: the values of a module-level function run on N ranks."""
+    return run_ranks
+
+
+@pytest.fixture
+def outcomes() -> Callable[..., list[Any]]:
+    """`harness.run_outcomes`: what became of each of N ranks, for tests where some are meant to fail."""
+    return run_outcomes
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """Writes a ds_config.json and returns its path."""
+
+    def write(config: dict[str, Any]) -> Path:
+        path = tmp_path / "ds_config.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    return write
