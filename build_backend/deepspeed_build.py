@@ -33,9 +33,7 @@ _ALIASES = ("ds", "deepspeed.pt")
 _ALIAS = '#!/bin/sh\nexec "$(dirname "$(readlink -f "$0")")/deepspeed" "$@"\n'
 
 
-def prepare_metadata_for_build_wheel(
-    metadata_directory: str, config_settings: Mapping[str, Any] | None = None
-) -> str:
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Mapping[str, Any] | None = None) -> str:
     _SCRIPTS.mkdir(parents=True, exist_ok=True)  # maturin wants the data folder to exist
     return maturin.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 

@@ -54,7 +54,7 @@ def all_cases() -> dict[str, dict]:
         "one-cycle-stairs": {"type": "OneCycle", "params": {
             "cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3, "cycle_first_step_size": 16, "cycle_first_stair_count": 4,
             "cycle_second_stair_count": 4, "cycle_min_mom": 0.85, "cycle_max_mom": 0.95, "decay_step_size": 6,
-            "decay_mom_rate": 0.1}},
+            "decay_mom_rate": 0.01}},
     }
     for name, scheduler in schedules.items():
         cases[f"schedule-{name}"] = config(scheduler=scheduler)

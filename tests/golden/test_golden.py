@@ -25,7 +25,8 @@ for path in sorted(glob.glob(os.path.join(HERE, "recorded", "*.json"))):
         CASES[os.path.basename(path).removesuffix(".json")] = json.load(recorded_file)
 
 # Relative tolerances of (the first 10 losses, all 50 losses, the first 10 norms, the final weights).
-TOLERANCES = {"fp32": (1e-5, 1e-4, 1e-4, 1e-3), "bf16": (1e-2, 1e-2, 5e-2, 2e-2)}
+# Lion moves by the sign of a momentum, which for the keys' biases (whose gradient is zero in exact arithmetic) is noise.
+TOLERANCES = {"fp32": (1e-5, 1e-4, 1e-4, 1e-3), "bf16": (1e-2, 1e-2, 1e-2, 2e-2), "lion": (1e-5, 1e-4, 1e-4, 2e-2)}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def check(name: str, results: list, ended: str, log: str) -> None:
         f"the model starts from other weights than the recording: torch {results[0]['versions']['torch']} here, "
         f"{recorded['versions']['torch']} there; record again (record.py)"
     )
-    first10, all50, norms, final = TOLERANCES["bf16" if "bf16" in name else "fp32"]
+    first10, all50, norms, final = TOLERANCES["bf16" if "bf16" in name else "lion" if "lion" in name else "fp32"]
     assert_close("learning rates", got[0]["rates"], recorded["rates"], 1e-8)
     assert [m is None for m in got[0]["momentum"]] == [m is None for m in recorded["momentum"]]
     if recorded["momentum"][0] is not None:

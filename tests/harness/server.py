@@ -8,6 +8,7 @@ session of its own, so that what it starts can be ended with it, and dies with t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -176,10 +177,8 @@ def _collect_stacks(pids: list[int]) -> None:
 
 
 def _kill_session(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _free_port() -> int:

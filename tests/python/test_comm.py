@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,7 @@ def every_operation() -> dict[str, object]:
         with pytest.raises(NotImplementedError, match="communication logger"):
             absent()
     deepspeed.init_distributed()  # adopts
+    dist.barrier()
     dist.destroy_process_group()
     assert not dist.is_initialized()
     return out
@@ -147,6 +149,7 @@ def adopt_a_group() -> tuple[int, str | None]:
 
     torch.distributed.init_process_group("gloo")
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
+    deepspeed.comm.barrier()  # rank 0 has the store: it stays until all have met
     return deepspeed.comm.get_world_size(), deepspeed.comm.explicit_backend()
 
 
@@ -184,10 +187,11 @@ def with_rank_and_store(path: str) -> int:
 
     rank = int(os.environ.pop("RANK"))
     deepspeed.init_distributed("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    deepspeed.comm.barrier()
     return deepspeed.comm.get_rank()
 
 
-def test_rank_world_size_and_init_method(tmp_path: object) -> None:
+def test_rank_world_size_and_init_method(tmp_path: Path) -> None:
     assert run_ranks(with_rank_and_store, 2, f"{tmp_path}/store") == [0, 1]
 
 
@@ -212,9 +216,11 @@ def timeout_in_minutes() -> float:
     import deepspeed
 
     deepspeed.init_distributed()
-    return torch.distributed.distributed_c10d._get_default_group()._get_backend(
-        torch.device("cpu")
-    ).options._timeout.total_seconds()
+    return (
+        torch.distributed.distributed_c10d._get_default_group()
+        ._get_backend(torch.device("cpu"))
+        .options._timeout.total_seconds()
+    )
 
 
 def test_timeout_from_the_environment() -> None:
@@ -278,9 +284,9 @@ def test_contradictions_in_the_environment_are_named() -> None:
         discover(WORLD_SIZE="4")
     with pytest.raises(ValueError, match="RANK is 2 and WORLD_SIZE is 2"):
         discover(RANK="2", WORLD_SIZE="2", MASTER_ADDR="h", MASTER_PORT="1")
-    with pytest.raises(ValueError, match="MASTER_PORT is \"x\""):
+    with pytest.raises(ValueError, match='MASTER_PORT is "x"'):
         discover(RANK="0", WORLD_SIZE="2", MASTER_ADDR="h", MASTER_PORT="x")
-    with pytest.raises(ValueError, match="RANK is \"one\""):
+    with pytest.raises(ValueError, match='RANK is "one"'):
         discover(RANK="one", WORLD_SIZE="2")
     found = _native.discover_rendezvous({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, 1, True)
     with pytest.raises(RuntimeError, match="set MASTER_ADDR"):
@@ -297,6 +303,29 @@ def test_local_ranks_from_host_names() -> None:
         "MASTER_ADDR": "10.0.0.1",
         "MASTER_PORT": "5",
     }
+    assert _native.Rendezvous.from_hosts(0, ["a", "a"], "10.0.0.1", 5).master_addr == "127.0.0.1"
+
+
+_MPI4PY = """
+class COMM_WORLD:
+    Get_rank = staticmethod(lambda: 1)
+    allgather = staticmethod(lambda host: ["first", host, host])
+    bcast = staticmethod(lambda address, root: "10.0.0.1")
+Get_processor_name = lambda: "second"
+"""
+
+
+def test_mpi4py_is_asked_last(tmp_path: Path) -> None:
+    package = tmp_path / "mpi4py"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "MPI.py").write_text(_MPI4PY)
+    program = (
+        f"import os, sys; sys.path.insert(0, {str(tmp_path)!r}); import deepspeed; deepspeed.comm.mpi_discovery(7777)\n"
+        "print(*(os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')))"
+    )
+    done = run_command([sys.executable, "-c", program], env=NO_LAUNCHER).check()
+    assert done.stdout.split() == ["1", "3", "0", "10.0.0.1", "7777"]
 
 
 def test_a_plain_script_runs_without_a_launcher() -> None:

@@ -134,5 +134,7 @@ def test_config_arguments() -> None:
 
 
 def test_version_satisfies_clients() -> None:
-    assert tuple(map(int, deepspeed.__version__.split("."))) >= (0, 20, 0)
+    version = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
+    assert version >= (0, 20, 0)
+    assert deepspeed.__version__ == ".".join(map(str, version))
     assert os.path.exists(os.path.join(os.path.dirname(deepspeed.__file__), "py.typed"))

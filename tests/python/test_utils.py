@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
-from deepspeed.utils import groups, log_dist, logger, logging as ds_logging
+from deepspeed.utils import groups, log_dist, logger
+from deepspeed.utils import logging as ds_logging
 from harness import run_ranks
 
 
@@ -46,6 +47,7 @@ def logged() -> tuple[str, list[int]]:
     logger.handlers = [logging.StreamHandler(out)]
     log_dist("first", ranks=[0], level=logging.WARNING)
     log_dist("all", level=logging.WARNING)
+    deepspeed.comm.barrier()
     return out.getvalue(), [
         groups._get_data_parallel_world_size(),
         groups._get_data_parallel_rank(),

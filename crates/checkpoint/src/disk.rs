@@ -85,7 +85,7 @@ impl Disk for RealDisk {
 
     fn create_file(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn DiskFile>> {
         let file = OpenOptions::new().write(true).create_new(true).open(path)?;
-        if bytes > 0 && std::env::var_os("NOFALLOC").is_none() {
+        if bytes > 0 {
             match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
                 Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
                 Err(error) => return Err(error.into()),
@@ -149,7 +149,7 @@ impl DiskFile for RealFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all(bytes)?;
         self.unsynced += bytes.len();
-        if self.unsynced >= FLUSH_BYTES && std::env::var_os("NOFLUSH").is_none() {
+        if self.unsynced >= FLUSH_BYTES {
             self.unsynced = 0;
             if self.flusher.is_none() {
                 self.flusher = Some(Flusher::start(&self.file)?);

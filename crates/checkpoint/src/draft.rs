@@ -22,12 +22,10 @@ use crate::{
     disk::{self, Disk, RealDisk},
     latest::manifest_checksum_text,
     lock::{self, Lock, Owner},
-    manifest::{MANIFEST, MANIFEST_CHECKSUM, is_file_name},
+    manifest::{CommitParts, MANIFEST, MANIFEST_CHECKSUM, is_file_name},
     tag::{self, LATEST},
     validate_tag,
 };
-
-pub use crate::manifest::CommitParts;
 
 /// A temporary folder without a lock file is removed only when it has not changed for this long.
 const UNLOCKED_LEFTOVER_AGE: Duration = Duration::from_secs(3600);

@@ -92,7 +92,7 @@ pub(crate) fn agrees(json: &[u8], file: &FileRecord) -> Result<(), String> {
     let metadata: Metadata =
         serde_json::from_slice(json).map_err(|error| format!("its header is broken: {error}"))?;
     let data_start = (LENGTH_BYTES + json.len()) as u64;
-    if data_start + metadata.data_len() as u64 != file.bytes {
+    if data_start.checked_add(metadata.data_len() as u64) != Some(file.bytes) {
         return Err("its header describes a file of another size".to_owned());
     }
     let slices =

@@ -77,11 +77,11 @@ mod tag;
 mod writer;
 
 pub use checksum::Checksum;
-pub use draft::{CommitParts, Draft, draft_folder};
+pub use draft::{Draft, draft_folder};
 pub use element::{ElementType, UnknownElementType};
 pub use error::{CheckpointError, Result};
 pub use latest::{CompleteTag, complete_tags};
-pub use manifest::{FORMAT_VERSION, Manifest};
+pub use manifest::{CommitParts, FORMAT_VERSION, Manifest};
 pub use reader::Checkpoint;
 pub use record::{BlobRecord, FileRecord, ParamRecord, RankRecord, SliceRecord, TensorRecord};
 pub use tag::validate_tag;

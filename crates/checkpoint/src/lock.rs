@@ -28,8 +28,13 @@ pub(crate) fn lock_path(folder: &Path) -> PathBuf {
 
 /// A lock that is held until dropped; on file systems without locks it only marks the place.
 #[derive(Debug)]
-pub(crate) struct Lock {
-    _file: File,
+pub(crate) struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that was just forked for another purpose shares the lock until it execs.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
 }
 
 /// Creates and locks the file at `path`.
@@ -40,14 +45,18 @@ pub(crate) fn acquire(path: &Path) -> io::Result<Lock> {
     loop {
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) if is_at(&file, path)? => return Ok(Lock { _file: file }),
-            // Somebody who cleans up took it for a leftover and removed it: make another.
-            Ok(()) => {}
+            Ok(()) => {
+                let lock = Lock(file);
+                if is_at(&lock.0, path)? {
+                    return Ok(lock);
+                }
+                // Somebody who cleans up took it for a leftover and removed it: make another.
+            }
             Err(Errno::WOULDBLOCK) if Instant::now() < patience => std::thread::sleep(RETRY),
             Err(Errno::WOULDBLOCK) => {
                 return Err(io::Error::new(io::ErrorKind::WouldBlock, "another process holds it"));
             }
-            Err(error) if disk::is_unsupported(&error.into()) => return Ok(Lock { _file: file }),
+            Err(error) if disk::is_unsupported(&error.into()) => return Ok(Lock(file)),
             Err(error) => return Err(error.into()),
         }
     }
@@ -72,7 +81,7 @@ pub(crate) fn owner(path: &Path) -> io::Result<Owner> {
         Err(error) => return Err(error),
     };
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Owner::Dead(Lock { _file: file })),
+        Ok(()) => Ok(Owner::Dead(Lock(file))),
         Err(Errno::WOULDBLOCK) => Ok(Owner::MayLive),
         Err(error) if disk::is_unsupported(&error.into()) => Ok(Owner::MayLive),
         Err(error) => Err(error.into()),

@@ -153,7 +153,7 @@ impl<'a> RankWriter<'a> {
     /// # Errors
     /// [`CheckpointError::Io`] for what the system refuses, [`CheckpointError::Source`] for two things of one name.
     pub fn finish(self) -> Result<RankRecord> {
-        let mut files = Vec::new();
+        let mut written = Vec::new();
         let lists = [
             (FileKind::Weights, self.weights),
             (FileKind::Optimizer, self.optimizer),
@@ -164,8 +164,14 @@ impl<'a> RankWriter<'a> {
                 continue;
             }
             let name = file_kind.file_name(self.rank.index(), self.world);
-            files.push(write_file(&*self.disk, &self.folder, name, self.rank.index(), items)?);
+            written.push(write_file(&*self.disk, &self.folder, name, self.rank.index(), items)?);
         }
+        // Synced only now, so that the disk is busy with one file while the next is being written.
+        let sync = |(record, mut file): (FileRecord, Box<dyn DiskFile>)| {
+            file.sync().map_err(CheckpointError::io("sync", &self.folder.join(&record.name)))?;
+            Ok(record)
+        };
+        let files = written.into_iter().map(sync).collect::<Result<_>>()?;
         Ok(RankRecord { rank: self.rank.index(), files })
     }
 }
@@ -176,7 +182,7 @@ fn write_file(
     name: String,
     rank: usize,
     mut items: Vec<Item<'_>>,
-) -> Result<FileRecord> {
+) -> Result<(FileRecord, Box<dyn DiskFile>)> {
     let path = folder.join(&name);
     // The widest elements first: then each tensor starts at a multiple of its element size, without gaps.
     items.sort_by_key(|item| std::cmp::Reverse(item.entry.dtype.size()));
@@ -194,7 +200,7 @@ fn write_file(
         stream.flush()
     })();
     written.map_err(CheckpointError::io("write", &path))?;
-    let checksums = stream.finish().map_err(CheckpointError::io("sync", &path))?;
+    let checksums = stream.hasher.finish();
 
     let mut record = FileRecord {
         name,
@@ -217,7 +223,7 @@ fn write_file(
         }
         offset += bytes as u64;
     }
-    Ok(record)
+    Ok((record, stream.file))
 }
 
 /// A file with checksums: small pieces are gathered, large ones pass through without a copy.
@@ -255,10 +261,5 @@ impl Stream {
         let result = self.file.write(&self.gathered);
         self.gathered.clear();
         result
-    }
-
-    fn finish(mut self) -> io::Result<Vec<crate::Checksum>> {
-        self.file.sync()?;
-        Ok(self.hasher.finish())
     }
 }

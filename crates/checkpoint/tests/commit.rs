@@ -1,4 +1,5 @@
 //! A save either becomes a whole checkpoint or leaves nothing: what is refused, what is replaced, what is cleaned up.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 
@@ -211,9 +212,9 @@ fn a_draft_that_is_dropped_or_aborted_leaves_nothing() {
         let draft = Draft::begin(&dir.path().join("new/folders"), "t", 1).unwrap();
         model.write_rank(&real_disk(), draft.folder(), 0, 1).unwrap();
         if abort {
-            draft.abort().unwrap()
+            draft.abort().unwrap();
         } else {
-            drop(draft)
+            drop(draft);
         }
         assert!(names(&dir.path().join("new/folders")).is_empty());
     }

@@ -1,16 +1,22 @@
 //! A kill, a full disk or a power cut at any instant leaves the newest complete checkpoint loadable.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "how the child tells its parent, and why a test was skipped"
+)]
 
 mod common;
 
 use std::{
-    collections::hash_map::RandomState,
+    collections::{BTreeSet, hash_map::RandomState},
     fs,
     hash::BuildHasher,
     io::{self, BufRead, BufReader},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
         mpsc,
     },
@@ -22,6 +28,12 @@ use deepspeed_checkpoint::{
     CheckpointError,
     disk::{Disk, DiskFile, RealDisk},
 };
+
+/// A folder in memory where there is one: hundreds of saves, and what a kill leaves is the same on every file system.
+fn scratch() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
+}
 
 /// What happens at the chosen operation.
 #[derive(Clone, Copy, PartialEq)]
@@ -137,7 +149,7 @@ fn with_fault_at_every_operation(
     for tag in ["first", "second"] {
         for at in 0.. {
             assert!(at < 1000, "the save never ends");
-            let dir = tempfile::tempdir().unwrap();
+            let dir = scratch();
             Model::small(1).save(dir.path(), "first", 2);
             let disk = FaultyDisk::new(at, fault, can_exchange);
             let counter = Arc::clone(&disk.counter);
@@ -188,6 +200,101 @@ fn an_error_at_any_operation_is_reported_and_harmless() {
                 }
             }
         });
+    }
+}
+
+/// Writes down what is done, in order.
+#[derive(Clone, Default)]
+struct LoggingDisk(Arc<Mutex<Vec<String>>>);
+
+impl LoggingDisk {
+    fn log(&self, what: &str, path: &Path) {
+        self.0.lock().unwrap().push(format!("{what} {}", path.file_name().unwrap().to_str().unwrap()));
+    }
+}
+
+struct LoggingFile(LoggingDisk, PathBuf, Box<dyn DiskFile>);
+
+impl Disk for LoggingDisk {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.log("make", path);
+        RealDisk.create_dir(path)
+    }
+
+    fn create_file(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(LoggingFile(self.clone(), path.to_owned(), RealDisk.create_file(path, bytes)?)))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.log("rename to", to);
+        RealDisk.rename(from, to)
+    }
+
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        self.log("exchange with", other);
+        RealDisk.exchange(one, other)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.log("remove", path);
+        RealDisk.remove_file(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.log("remove", path);
+        RealDisk.remove_dir(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.log("sync", path);
+        RealDisk.sync_dir(path)
+    }
+}
+
+impl DiskFile for LoggingFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.log("write", &self.1);
+        self.2.write(bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.0.log("sync", &self.1);
+        self.2.sync()
+    }
+}
+
+#[test]
+fn nothing_gets_its_name_before_its_content_is_on_the_disk() {
+    let temp = scratch();
+    let dir = temp.path().join("saves");
+    for (seed, placed) in [(1, "rename to t"), (2, "exchange with t")] {
+        let log = LoggingDisk::default();
+        let disk: Arc<dyn Disk> = Arc::new(log.clone());
+        Model::small(seed).save_on(&disk, &dir, "t", 2).unwrap();
+        let log = log.0.lock().unwrap();
+        let at = |event: &str| log.iter().rposition(|e| e == event).unwrap_or_else(|| panic!("no `{event}`"));
+        let draft = format!(".tmp-t-{seed:016x}");
+        let mut order = vec![
+            at(&format!("sync {draft}")),
+            at(placed),
+            // The name is on the disk before `latest` points to it.
+            log.iter().position(|e| e == "sync saves").unwrap(),
+            at(&format!("write {draft}.latest")),
+            at(&format!("sync {draft}.latest")),
+            at("rename to latest"),
+            at("sync saves"),
+        ];
+        if seed == 2 {
+            order.push(at(&format!("remove {draft}")));
+        }
+        assert!(order.is_sorted(), "{log:#?}");
+        let files = log.iter().filter_map(|event| event.strip_prefix("write "));
+        let files: BTreeSet<&str> = files.filter(|file| !file.starts_with('.')).collect();
+        assert_eq!(files.len(), 8, "three files of each rank, the manifest and its checksum");
+        for file in files {
+            let order = [at(&format!("write {file}")), at(&format!("sync {file}")), order[0]];
+            assert!(order.is_sorted(), "{file}: {log:#?}");
+        }
     }
 }
 

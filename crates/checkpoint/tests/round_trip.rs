@@ -1,4 +1,5 @@
 //! What is saved by one world is read by any other, by us and by anyone who can read safetensors and JSON.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 

@@ -1,5 +1,7 @@
 //! `deepspeed config` as a user runs it.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::{
     path::PathBuf,
     process::{Command, Output},

@@ -1,5 +1,7 @@
 //! Ranks that fail, are killed, or are interrupted: one report, the right exit code, and nothing left behind.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use rustix::process::Signal;

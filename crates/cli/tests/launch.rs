@@ -1,5 +1,7 @@
 //! What ranks are given and what becomes of their output, through the real command.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use rustix::pty::OpenptFlags;

@@ -85,7 +85,12 @@ fn run(group: &SharedMemory) {
         measure(group, &format!("reduce_ranks of 2 x {cached}"), cached * 8, || {
             for start in (0..cached).step_by(4096) {
                 let block = inputs.map(|input| input.slice(start, 4096));
-                black_box(deepspeed_kernels::reduce_ranks(&block, 0.5, &mut other[start..start + 4096], false));
+                black_box(deepspeed_kernels::reduce_ranks(
+                    &block,
+                    0.5,
+                    &mut other[start..start + 4096],
+                    false,
+                ));
             }
         });
     }

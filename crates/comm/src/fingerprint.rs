@@ -198,7 +198,7 @@ pub(crate) struct History {
 }
 
 /// Calls whose fingerprints are kept: more than the slots of a ring, which bound how far ranks can be apart.
-const HISTORY: usize = 8;
+const HISTORY: usize = 20;
 
 impl History {
     /// Adds a call; only the owning rank calls this, one call at a time.
@@ -329,10 +329,10 @@ mod tests {
     }
 
     #[test]
-    fn a_call_is_read_back_until_eight_more_came() {
+    fn a_call_is_read_back_until_many_more_came() {
         let history = history();
         assert_eq!(history.get(0), None);
-        for seq in 1..=12 {
+        for seq in 1..=HISTORY as u64 + 4 {
             let call = Fingerprint::new(Operation::Broadcast, seq, "initial weights")
                 .elements(100)
                 .dtype(DType::BF16)

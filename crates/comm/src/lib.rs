@@ -6,14 +6,13 @@
 //!
 //! # How bytes move
 //!
-//! Each rank owns a ring of four slots in the segment. A collective is cut into chunks that fit in a slot; every rank
-//! writes the same number of chunks. The ring is small enough to stay in the second-level cache, so that an
-//! exchanged byte is written to and read from a cache, once each.
+//! Each rank owns a ring of sixteen slots in the segment. A collective is cut into chunks that fit in a slot; every
+//! rank writes the same number of chunks. The ring is small enough to stay in the caches, so that an exchanged byte is
+//! written to and read from a cache, once each.
 //!
 //! ```text
-//! rank 0   write chunk n+1 -> [ n-2 | n-1 |  n  | n+1 ]     published = n+2   consumed = n
-//! rank 1   write chunk n+2 -> [ n+2 | n-1 |  n  | n+1 ]     published = n+2   consumed = n+1
-//!                                 \_ only once every rank's `consumed` is past n-2
+//! ring of rank 0      n-16 -> n+0   n-15   n-14  ...  n-2   n-1         published = n     consumed = n-8
+//!                            \_ claimed once every rank's `consumed` is past n-16
 //! ```
 //!
 //! # The protocol
@@ -21,10 +20,10 @@
 //! What `unsafe` code and tests of this crate rely on, by number:
 //!
 //! - **COMM-1** Each rank has two counters, `published` and `consumed`, that only it advances, by one chunk at a time
-//!   and from call to call without a gap. Chunk `n` is in slot `n % 4` of every ring. Counters are 32 bits and wrap;
+//!   and from call to call without a gap. Chunk `n` is in slot `n % 16` of every ring. Counters are 32 bits and wrap;
 //!   they are compared by their distance, which never exceeds the length of a ring.
-//! - **COMM-2** A rank writes chunk `n` into its slot only when every other rank has consumed chunk `n - 4` and before
-//!   it publishes `n`. It consumes its own chunks like those of others.
+//! - **COMM-2** A rank writes chunk `n` into its slot only when every other rank has consumed chunk `n - 16` and
+//!   before it publishes `n`. It consumes its own chunks like those of others.
 //! - **COMM-3** A rank reads slots of chunk `n` only after their owners have published it and before it has itself
 //!   consumed it. The counters are stored with release and loaded with acquire order, so COMM-2 and COMM-3 together
 //!   exclude that anybody reads a slot while it is written.
@@ -37,8 +36,8 @@
 //! - **COMM-6** Lengths and codes read from the segment are checked before they are used to address memory: a wrong
 //!   one gives an error or wrong numbers, not an access outside the mapping.
 //! - **COMM-7** A rank writes its fingerprint of call `s` before it publishes the call's first chunk. A peer compares
-//!   it after that chunk has arrived and before it uses it. Eight fingerprints are kept; as each call has a chunk,
-//!   ranks are at most four calls apart.
+//!   it after that chunk has arrived and before it uses it. Twenty fingerprints are kept; as each call has a
+//!   chunk, ranks are at most sixteen calls apart.
 //! - **COMM-8** The first error of a group is written into the segment by one rank, once. Every other rank finds it at
 //!   the next call or the next time it looks around in a wait, and fails with the same sentence.
 //! - **COMM-9** A rank marks a call as finished after it has consumed the call's last chunk. A peer that is gone is an
@@ -47,6 +46,7 @@
 //! The processes that open a segment belong to one user and one program: the protocol protects from their death, not
 //! from their malice.
 
+mod chunks;
 mod error;
 mod fingerprint;
 mod group;

@@ -69,7 +69,11 @@ impl<T: ByteTransport> OverBytes<T> {
 
     /// Runs one call under its own number; after an error no further call is made.
     fn call<R>(
-        &self, operation: Operation, what: &str, len: usize, dtype: Option<DType>,
+        &self,
+        operation: Operation,
+        what: &str,
+        len: usize,
+        dtype: Option<DType>,
         work: impl FnOnce(&Fingerprint) -> Result<R, CommError>,
     ) -> Result<R, CommError> {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -99,9 +103,7 @@ impl<T: ByteTransport> OverBytes<T> {
     }
 
     /// Checks that the message of `rank` belongs to the same call, and gives its payload.
-    fn payload<'m>(
-        &self, mine: &Fingerprint, rank: usize, message: &'m [u8],
-    ) -> Result<&'m [u8], CommError> {
+    fn payload<'m>(&self, mine: &Fingerprint, rank: usize, message: &'m [u8]) -> Result<&'m [u8], CommError> {
         let (header, payload) = message.split_at(HEADER);
         match Fingerprint::from_bytes(header) {
             Some(theirs) if theirs == *mine => Ok(payload),
@@ -128,9 +130,7 @@ impl<T: ByteTransport> OverBytes<T> {
             .all_gather(&mine, &mut all)
             .map_err(|problem| self.transport_error(fingerprint, problem))?;
         let messages = all.chunks_exact(mine.len()).enumerate();
-        messages
-            .map(|(rank, message)| self.payload(fingerprint, rank, message).map(<[u8]>::to_vec))
-            .collect()
+        messages.map(|(rank, message)| self.payload(fingerprint, rank, message).map(<[u8]>::to_vec)).collect()
     }
 }
 
@@ -201,7 +201,12 @@ impl<T: ByteTransport> Group for OverBytes<T> {
     }
 
     fn reduce_scatter(
-        &self, what: &str, input: &Pieces<'_>, shard: &mut [f32], scale: f32, into: Into,
+        &self,
+        what: &str,
+        input: &Pieces<'_>,
+        shard: &mut [f32],
+        scale: f32,
+        into: Into,
     ) -> Result<f64, CommError> {
         let wire = input.wire_dtype().unwrap_or(DType::F32);
         let part = shard.len();
@@ -238,7 +243,11 @@ impl<T: ByteTransport> Group for OverBytes<T> {
     }
 
     fn all_gather(
-        &self, what: &str, dtype: DType, produce: &mut Produce<'_>, output: &mut PiecesMut<'_>,
+        &self,
+        what: &str,
+        dtype: DType,
+        produce: &mut Produce<'_>,
+        output: &mut PiecesMut<'_>,
     ) -> Result<(), CommError> {
         let part = output.len / self.world;
         self.call(Operation::AllGather, what, output.len, Some(dtype), |call| {
@@ -267,14 +276,20 @@ impl<T: ByteTransport> Group for OverBytes<T> {
 
 /// The first `len` elements of a payload.
 fn numbers(payload: &[u8], len: usize, dtype: DType) -> Span<'_> {
-    assert!(payload.len() >= len * dtype.size() && payload.as_ptr() as usize % dtype.size() == 0, "a whole payload");
+    assert!(
+        payload.len() >= len * dtype.size() && payload.as_ptr().addr().is_multiple_of(dtype.size()),
+        "a whole payload"
+    );
     // SAFETY: long enough and aligned, as just checked; any bytes are numbers; borrowed for the span's life.
     unsafe { Span::from_raw(payload.as_ptr(), len, dtype) }
 }
 
 /// As [`numbers`], writable.
 fn numbers_mut(payload: &mut [u8], len: usize, dtype: DType) -> SpanMut<'_> {
-    assert!(payload.len() >= len * dtype.size() && payload.as_ptr() as usize % dtype.size() == 0, "a whole payload");
+    assert!(
+        payload.len() >= len * dtype.size() && payload.as_ptr().addr().is_multiple_of(dtype.size()),
+        "a whole payload"
+    );
     // SAFETY: as in `numbers`, and the borrow is exclusive.
     unsafe { SpanMut::from_raw(payload.as_mut_ptr(), len, dtype) }
 }

@@ -32,8 +32,9 @@ use crate::{
 /// The most ranks that one segment serves.
 pub const MAX_WORLD: usize = 64;
 
-/// Chunks of a rank that peers may have yet to read. The all-reduce pipeline needs four.
-pub(crate) const SLOTS: usize = 4;
+/// Chunks of a rank that peers may have yet to read. Many: a chunk that its reader fetches a while after it was
+/// written comes from the shared cache, which is faster than from the writer's own.
+pub(crate) const SLOTS: usize = 16;
 
 /// Bytes behind the data of a slot, where a rank says what the data is: one cache line.
 pub(crate) const LABEL: usize = 64;
@@ -421,7 +422,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_header_is_one_page() {
+    fn header_and_controls_are_pages() {
         assert_eq!(size_of::<Header>(), PAGE);
         assert_eq!(size_of::<Control>(), PAGE);
     }

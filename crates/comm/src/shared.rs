@@ -11,12 +11,13 @@ use deepspeed_core::{DType, Rank, Span, SpanMut};
 use deepspeed_kernels::{cast, reduce_ranks};
 
 use crate::{
-    BLOCK, CommError,
+    CommError,
+    chunks::{Chunks, Parts, all_gather_problem, broadcast_problem, reduce_scatter_problem, shard_range},
     fingerprint::{Fingerprint, Operation, decode_dtype, encode_dtype},
     group::{Group, Into, Pieces, PiecesMut, Produce},
     pieces::{Reducer, Reduction},
     ring::{Lane, Ring, Slots, elements, elements_mut},
-    segment::{Membership, Segment},
+    segment::{Membership, SLOTS, Segment},
     wait,
     watch::{self, Watch},
 };
@@ -39,12 +40,12 @@ pub struct Options {
 pub type Interrupt = std::sync::Arc<dyn Fn() -> bool + Send + Sync>;
 
 impl Default for Options {
-    /// Half an hour, 5 seconds, 1 MiB, no interrupt.
+    /// Half an hour, 5 seconds, 2 MiB, no interrupt.
     fn default() -> Self {
         Self {
             deadline: Duration::from_secs(30 * 60),
             notice_after: Duration::from_secs(5),
-            ring_bytes: 1 << 20,
+            ring_bytes: 2 << 20,
             interrupt: None,
         }
     }
@@ -62,9 +63,12 @@ impl fmt::Debug for Options {
 }
 
 /// Elements that a small all-reduce sends whole to every rank, in one exchange instead of two.
-const SMALL: usize = 4096;
-/// Chunks that are published ahead of the one being read.
-const AHEAD: usize = 2;
+const SMALL: usize = 16384;
+/// Chunks that a rank publishes ahead of the one it reads.
+const AHEAD: usize = 8;
+/// As [`AHEAD`], of each kind, for the all-reduce.
+const REDUCE_AHEAD: usize = 2;
+const _: () = assert!(AHEAD <= SLOTS && 2 * REDUCE_AHEAD + 1 <= SLOTS);
 
 /// A rank of a group whose ranks share a [`Segment`].
 ///
@@ -274,7 +278,11 @@ impl Group for SharedMemory {
             if self.world() == 1 {
                 return Ok(());
             }
-            if len <= SMALL { self.all_reduce_small(lane, data) } else { self.all_reduce_large(lane, data) }
+            if len <= SMALL {
+                self.all_reduce_at_once(lane, data)
+            } else {
+                self.all_reduce_in_shards(lane, data)
+            }
         })
     }
 
@@ -284,24 +292,24 @@ impl Group for SharedMemory {
         let problem = broadcast_problem(root, self.world());
         self.call(Operation::Broadcast, what, describe, problem, |lane, _| {
             let chunks = Chunks::new(len, lane.capacity() / dtype.size());
-            if self.me == root.index() {
-                let data = data.as_span();
-                pipeline(
-                    lane,
-                    &chunks,
-                    |range, slot| {
-                        cast(data.slice(range.start, range.len()), elements_mut(slot, 0, range.len(), dtype));
-                    },
-                    |_, _| Ok(()),
-                )
-            } else {
-                let fill = |_: Range<usize>, _: &mut [u8]| {};
-                pipeline(lane, &chunks, fill, |range, slots| {
-                    let source = elements(slots.of(root.index()), 0, range.len(), dtype);
-                    cast(source, data.slice_mut(range.start, range.len()));
+            pipeline(
+                lane,
+                &chunks,
+                &mut data,
+                |data, range, slot| {
+                    if self.me == root.index() {
+                        let source = data.as_span().slice(range.start, range.len());
+                        cast(source, elements_mut(slot, 0, range.len(), dtype));
+                    }
+                },
+                |data, range, slots| {
+                    if self.me != root.index() {
+                        let source = elements(slots.of(root.index()), 0, range.len(), dtype);
+                        cast(source, data.slice_mut(range.start, range.len()));
+                    }
                     Ok(())
-                })
-            }
+                },
+            )
         })
     }
 
@@ -328,7 +336,8 @@ impl Group for SharedMemory {
             pipeline(
                 lane,
                 &chunks,
-                |range, slot| {
+                shard,
+                |_, range, slot| {
                     slot[capacity] = encode_dtype(dtype) as u8;
                     let Some(dtype) = dtype else { return };
                     for peer in (0..world).filter(|peer| *peer != self.me) {
@@ -336,7 +345,7 @@ impl Group for SharedMemory {
                         input.read(&shard_range(peer, shard_len, &range), target);
                     }
                 },
-                |range, slots| {
+                |shard, range, slots| {
                     let mut sources: Vec<Option<Span<'_>>> = Vec::with_capacity(world);
                     for rank in 0..world {
                         let slot = slots.of(rank);
@@ -367,13 +376,14 @@ impl Group for SharedMemory {
             pipeline(
                 lane,
                 &chunks,
-                |range, slot| {
+                output,
+                |_, range, slot| {
                     let len = range.len();
                     if len > 0 {
                         produce(range, elements_mut(slot, 0, len, dtype));
                     }
                 },
-                |range, slots| {
+                |output, range, slots| {
                     for rank in 0..world {
                         let elements = elements(slots.of(rank), 0, range.len(), dtype);
                         output.write(&shard_range(rank, shard_len, &range), elements);
@@ -386,25 +396,36 @@ impl Group for SharedMemory {
 }
 
 impl SharedMemory {
-    /// Every rank sends all it has to all, and all add up.
-    fn all_reduce_small(&self, lane: &mut Lane<'_>, data: &mut [f32]) -> Result<(), CommError> {
-        let len = data.len();
-        lane.write(|slot| cast(Span::from(&*data), elements_mut(slot, 0, len, DType::F32)))?;
-        lane.read(|slots| {
-            let inputs: Vec<Span<'_>> =
-                (0..self.world()).map(|rank| elements(slots.of(rank), 0, len, DType::F32)).collect();
-            reduce_ranks(&inputs, 1.0, data, false);
-        })
+    /// Every rank sends all it has to all, and all add up: one exchange instead of two, but more bytes.
+    fn all_reduce_at_once(&self, lane: &mut Lane<'_>, data: &mut [f32]) -> Result<(), CommError> {
+        let chunks = Chunks::new(data.len(), lane.capacity() / size_of::<f32>());
+        pipeline(
+            lane,
+            &chunks,
+            data,
+            |data, range, slot| {
+                let target = elements_mut(slot, 0, range.len(), DType::F32);
+                cast(Span::from(&data[range]), target);
+            },
+            |data, range, slots| {
+                let inputs: Vec<Span<'_>> = (0..self.world())
+                    .map(|rank| elements(slots.of(rank), 0, range.len(), DType::F32))
+                    .collect();
+                reduce_ranks(&inputs, 1.0, &mut data[range], false);
+                Ok(())
+            },
+        )
     }
 
     /// Reduce-scatter and all-gather, chunk by chunk: while one chunk's sums are on their way to the peers, the
-    /// next one's summands are too.
+    /// next ones' summands are too.
     ///
     /// ```text
-    /// published  R0 R1 G0 R2 G1 R3 G2 ...     R: parts for the peers' shards    G: sums of the own shard
-    /// consumed   R0    R1 G0    R2 G1  ...
+    /// R: parts for the peers' shards    G: sums of the own shard    here REDUCE_AHEAD = 2
+    /// published  R0 R1    G0 R2    G1 R3       G2 R4 ..
+    /// consumed         R0       R1       G0 R2       G1 R3 ..
     /// ```
-    fn all_reduce_large(&self, lane: &mut Lane<'_>, data: &mut [f32]) -> Result<(), CommError> {
+    fn all_reduce_in_shards(&self, lane: &mut Lane<'_>, data: &mut [f32]) -> Result<(), CommError> {
         let (world, len) = (self.world(), data.len());
         // Whole cache lines; the last shards may be short or empty.
         let shard_len = len.div_ceil(world).next_multiple_of(64);
@@ -431,10 +452,13 @@ impl SharedMemory {
                 }
             })
         };
-        scatter(lane, data, 0)?;
+        let ahead = REDUCE_AHEAD;
+        for chunk in 0..chunks.count.min(ahead) {
+            scatter(lane, data, chunk)?;
+        }
         for chunk in 0..chunks.count {
-            if chunk + 1 < chunks.count {
-                scatter(lane, data, chunk + 1)?;
+            if chunk >= ahead {
+                gather(lane, data, chunk - ahead)?;
             }
             let range = shard_range(self.me, shard_len, &chunks.range(chunk));
             let own = &data[range.start.min(len)..range.end.min(len)];
@@ -449,28 +473,32 @@ impl SharedMemory {
                 let sums = sums.as_f32_mut().expect("invariant: asked for fp32");
                 reduce_ranks(&inputs, 1.0, sums, false);
             })?;
-            if chunk > 0 {
-                gather(lane, data, chunk - 1)?;
+            if chunk + ahead < chunks.count {
+                scatter(lane, data, chunk + ahead)?;
             }
         }
-        gather(lane, data, chunks.count - 1)
+        for chunk in chunks.count.saturating_sub(ahead)..chunks.count {
+            gather(lane, data, chunk)?;
+        }
+        Ok(())
     }
 }
 
-/// Publishes all chunks, [`AHEAD`] of reading them.
-fn pipeline(
+/// Publishes all chunks, [`AHEAD`] of reading them. `data` is what both closures work on.
+fn pipeline<D: ?Sized>(
     lane: &mut Lane<'_>,
     chunks: &Chunks,
-    mut fill: impl FnMut(Range<usize>, &mut [u8]),
-    mut drain: impl FnMut(Range<usize>, &Slots<'_>) -> Result<(), CommError>,
+    data: &mut D,
+    mut fill: impl FnMut(&mut D, Range<usize>, &mut [u8]),
+    mut drain: impl FnMut(&mut D, Range<usize>, &Slots<'_>) -> Result<(), CommError>,
 ) -> Result<(), CommError> {
     let mut written = 0;
     for read in 0..chunks.count {
         while written < chunks.count.min(read + AHEAD) {
-            lane.write(|slot| fill(chunks.range(written), slot))?;
+            lane.write(|slot| fill(data, chunks.range(written), slot))?;
             written += 1;
         }
-        lane.read(|slots| drain(chunks.range(read), slots))??;
+        lane.read(|slots| drain(data, chunks.range(read), slots))??;
     }
     Ok(())
 }
@@ -514,76 +542,10 @@ fn gather_bytes(lane: &mut Lane<'_>, world: usize, mine: &[u8]) -> Result<Vec<Ve
     Ok(all)
 }
 
-/// The elements `range` of a rank's shard, as a range of the whole.
-fn shard_range(rank: usize, shard_len: usize, range: &Range<usize>) -> Range<usize> {
-    rank * shard_len + range.start..rank * shard_len + range.end
-}
-
-/// A shard cut into chunks of whole blocks. There is always one, maybe empty, to carry the fingerprint.
-struct Chunks {
-    len: usize,
-    size: usize,
-    count: usize,
-}
-
-impl Chunks {
-    fn new(len: usize, most: usize) -> Self {
-        let size = most / BLOCK * BLOCK;
-        assert!(size > 0, "a slot holds at least a block");
-        Self { len, size, count: len.div_ceil(size).max(1) }
-    }
-
-    fn range(&self, chunk: usize) -> Range<usize> {
-        (chunk * self.size).min(self.len)..((chunk + 1) * self.size).min(self.len)
-    }
-}
-
-/// Where the parts for the peers lie in a slot: one for each peer, in rank order. The label is the parts' dtype.
-struct Parts {
-    me: usize,
-    /// Bytes of a part.
-    stride: usize,
-}
-
-impl Parts {
-    fn new(me: usize, world: usize, capacity: usize) -> Self {
-        let most = capacity / world.saturating_sub(1).max(1);
-        Self { me, stride: most / (BLOCK * size_of::<f32>()) * (BLOCK * size_of::<f32>()) }
-    }
-
-    /// The part of this rank's slot for `peer`.
-    fn to(&self, peer: usize) -> usize {
-        self.stride * (peer - usize::from(peer > self.me))
-    }
-
-    /// The part of `peer`'s slot for this rank.
-    fn from(&self, peer: usize) -> usize {
-        self.stride * (self.me - usize::from(self.me > peer))
-    }
-}
-
 fn wire_dtype(rank: usize, code: u8) -> Result<Option<DType>, CommError> {
     decode_dtype(u64::from(code)).ok_or_else(|| {
         CommError::Segment(format!(
             "rank {rank} sent a dtype of code {code}; do all ranks run the same build?"
         ))
     })
-}
-
-pub(crate) fn broadcast_problem(root: Rank, world: usize) -> Option<String> {
-    (root.index() >= world).then(|| format!("root rank {root} is not one of {world} ranks"))
-}
-
-pub(crate) fn reduce_scatter_problem(input: &Pieces<'_>, shard_len: usize, world: usize) -> Option<String> {
-    if shard_len.checked_mul(world) != Some(input.len) {
-        return Some(format!("input of {} elements, expected {world} shards of {shard_len}", input.len));
-    }
-    input.problem()
-}
-
-pub(crate) fn all_gather_problem(output: &PiecesMut<'_>, world: usize) -> Option<String> {
-    if !output.len.is_multiple_of(world) {
-        return Some(format!("output of {} elements, expected equal shards for {world} ranks", output.len));
-    }
-    output.problem()
 }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use deepspeed_core::{AlignedBuffer, DType, Rank, SpanMut};
 
 use crate::{
-    CommError,
+    CommError, chunks,
     fingerprint::Operation,
     group::{Group, Into, Pieces, PiecesMut, Produce},
     pieces::{Reducer, Reduction},
@@ -66,7 +66,7 @@ impl Group for Solo {
     }
 
     fn broadcast(&self, what: &str, root: Rank, _data: SpanMut<'_>) -> Result<(), CommError> {
-        self.check(Operation::Broadcast, what, crate::shared::broadcast_problem(root, 1))
+        self.check(Operation::Broadcast, what, chunks::broadcast_problem(root, 1))
     }
 
     fn reduce_scatter(
@@ -77,7 +77,7 @@ impl Group for Solo {
         scale: f32,
         into: Into,
     ) -> Result<f64, CommError> {
-        let problem = crate::shared::reduce_scatter_problem(input, shard.len(), 1);
+        let problem = chunks::reduce_scatter_problem(input, shard.len(), 1);
         self.check(Operation::ReduceScatter, what, problem)?;
         let mut squares = 0.0;
         let reduction = Reduction { input, start: 0, me: 0, world: 1, scale, into };
@@ -92,7 +92,7 @@ impl Group for Solo {
         produce: &mut Produce<'_>,
         output: &mut PiecesMut<'_>,
     ) -> Result<(), CommError> {
-        self.check(Operation::AllGather, what, crate::shared::all_gather_problem(output, 1))?;
+        self.check(Operation::AllGather, what, chunks::all_gather_problem(output, 1))?;
         let mut scratch = AlignedBuffer::zeroed(RANGE.min(output.len), dtype);
         let mut start = 0;
         while start < output.len {

@@ -35,7 +35,7 @@ fn processes_give_the_same_bits_as_threads() {
         let threads = run_threads(world, &options(), |group| conformance(&group, 5, ROUNDS / 2));
         let segment = Segment::create(world, &options()).unwrap();
         let mut ranks = spawn_ranks(&segment, "conformance");
-        let digests: Vec<String> = ranks.iter().map(|rank| rank.line()).collect();
+        let digests: Vec<String> = ranks.iter().map(support::RankProcess::line).collect();
         assert_eq!(digests, threads.iter().map(u64::to_string).collect::<Vec<_>>());
         for rank in &mut ranks {
             assert!(rank.wait().success());

@@ -240,7 +240,7 @@ pub struct Config {
     pub zero_allow_untested_optimizer: bool,
     /// Drop the last batch of an epoch when it is not full.
     pub dataloader_drop_last: bool,
-    /// As given; no effect, kept for the getters of the Python face.
+    /// Always false, as it is not built; kept for the getters of the Python face.
     pub memory_breakdown: bool,
     /// The block `checkpoint`.
     pub checkpoint: CheckpointConfig,

@@ -7,18 +7,35 @@ use std::{
     ptr::NonNull,
 };
 
+use memmap2::MmapMut;
+
 use crate::{DType, Span, SpanMut};
 
 /// Alignment of every [`AlignedBuffer`], bytes: one page, which also serves cache lines and direct I/O.
 const ALIGN: usize = 4096;
 
+/// Bytes from which a buffer is mapped instead of allocated: its pages then come zeroed from the kernel when they are
+/// first touched, where the allocator would write zeros at once.
+const MAP_FROM: usize = 1 << 20;
+
 /// An owned run of `len` elements of one dtype, zero at first, aligned to 4096 bytes.
 ///
-/// The memory comes from the system's zero pages, so a buffer costs resident memory only where it is written.
+/// A buffer of a mebibyte or more costs resident memory only where it has been written.
 pub struct AlignedBuffer {
     ptr: NonNull<u8>,
     len: usize,
     dtype: DType,
+    memory: Memory,
+}
+
+/// Who owns the bytes at `AlignedBuffer::ptr`.
+enum Memory {
+    Nothing,
+    Heap(Allocation),
+    /// Never read: kept to be unmapped.
+    Mapped {
+        _map: MmapMut,
+    },
 }
 
 // SAFETY: the buffer owns its memory exclusively and holds plain numbers.
@@ -36,18 +53,20 @@ impl AlignedBuffer {
             // Never read; aligned like the rest so that slices of length zero are well formed.
             let ptr =
                 NonNull::without_provenance(NonZero::<usize>::new(ALIGN).expect("invariant: ALIGN > 0"));
-            return Self { ptr, len, dtype };
+            return Self { ptr, len, dtype, memory: Memory::Nothing };
         }
-        let allocation = Self::allocation(len, dtype);
+        let bytes = len.checked_mul(dtype.size()).expect("invariant: buffer size fits in memory");
+        let allocation =
+            Allocation::from_size_align(bytes, ALIGN).expect("invariant: buffer size fits in memory");
+        if bytes >= MAP_FROM {
+            let Ok(mut map) = MmapMut::map_anon(bytes) else { handle_alloc_error(allocation) };
+            let ptr = NonNull::new(map.as_mut_ptr()).expect("invariant: a mapping is not at address 0");
+            return Self { ptr, len, dtype, memory: Memory::Mapped { _map: map } };
+        }
         // SAFETY: the size is not zero.
         let ptr = unsafe { alloc_zeroed(allocation) };
         let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(allocation) };
-        Self { ptr, len, dtype }
-    }
-
-    fn allocation(len: usize, dtype: DType) -> Allocation {
-        let bytes = len.checked_mul(dtype.size()).expect("invariant: buffer size fits in memory");
-        Allocation::from_size_align(bytes, ALIGN).expect("invariant: buffer size fits in memory")
+        Self { ptr, len, dtype, memory: Memory::Heap(allocation) }
     }
 
     /// Number of elements.
@@ -98,9 +117,9 @@ impl AlignedBuffer {
 
 impl Drop for AlignedBuffer {
     fn drop(&mut self) {
-        if self.len > 0 {
+        if let Memory::Heap(allocation) = self.memory {
             // SAFETY: allocated in `zeroed` with the same size and alignment.
-            unsafe { dealloc(self.ptr.as_ptr(), Self::allocation(self.len, self.dtype)) }
+            unsafe { dealloc(self.ptr.as_ptr(), allocation) }
         }
     }
 }
@@ -116,12 +135,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn is_zero_and_aligned() {
-        let mut buffer = AlignedBuffer::zeroed(1000, DType::F32);
-        assert_eq!(buffer.as_f32_mut().as_ptr() as usize % ALIGN, 0);
-        assert!(buffer.as_f32().iter().all(|x| *x == 0.0));
-        buffer.as_f32_mut()[999] = 1.0;
-        assert_eq!(buffer.as_f32()[999], 1.0);
+    fn is_zero_and_aligned_whoever_owns_it() {
+        for len in [1, 1000, MAP_FROM / 4, MAP_FROM] {
+            let mut buffer = AlignedBuffer::zeroed(len, DType::F32);
+            assert_eq!(buffer.as_f32_mut().as_ptr() as usize % ALIGN, 0);
+            assert!(buffer.as_f32().iter().all(|x| *x == 0.0));
+            buffer.as_f32_mut()[len - 1] = 1.0;
+            assert_eq!(buffer.as_f32()[len - 1], 1.0);
+        }
     }
 
     #[test]

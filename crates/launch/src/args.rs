@@ -160,16 +160,16 @@ pub struct LaunchArgs {
 /// How much the launcher says about itself; the names are those of Python's `logging`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum LogLevel {
-    /// Everything.
+    /// The whole plan too, as --dry_run prints it
     Debug,
-    /// The start line, flags without effect.
+    /// The start line, flags without effect
     Info,
-    /// Doubtful settings.
+    /// Doubtful settings
     #[value(alias = "warn")]
     Warning,
-    /// Errors and the failure report only.
+    /// Errors and the failure report only
     Error,
-    /// As `error`.
+    /// As error
     #[value(alias = "fatal")]
     Critical,
 }

@@ -14,6 +14,13 @@ impl Console {
         Self { level }
     }
 
+    /// A text of several lines.
+    pub(crate) fn debug(&self, text: &str) {
+        if self.level == LogLevel::Debug {
+            say(text);
+        }
+    }
+
     pub(crate) fn info(&self, text: &str) {
         if self.level <= LogLevel::Info {
             say(&format!("deepspeed: {text}\n"));

@@ -131,5 +131,6 @@ fn launch(args: &LaunchArgs, console: &Console) -> Result<u8, LaunchError> {
     preflight::check(&mut plan)?;
     let _pid_file = args.save_pid.then(pid_file::PidFile::write).transpose()?;
     console.info(&plan.summary());
+    console.debug(&plan.to_string());
     supervise::run(&plan, console)
 }

@@ -28,7 +28,7 @@ pub(crate) enum Stream {
 }
 
 /// Bytes for one of the launcher's own outputs.
-pub type Output = (Stream, Vec<u8>);
+pub(crate) type Output = (Stream, Vec<u8>);
 
 /// Merges the outputs of the ranks.
 #[derive(Debug)]
@@ -173,6 +173,8 @@ impl Merger {
     /// One line of another rank, placed so that it does not land inside a line of rank 0.
     fn prefixed(&mut self, rank: usize, stream: Stream, line: &[u8]) -> Vec<Output> {
         let line = last_state(line);
+        // torch begins each line of a traceback with `[rank1]: `; once is enough.
+        let line = line.strip_prefix(format!("[rank{rank}]: ").as_bytes()).unwrap_or(line);
         let screen = self.screen(stream);
         let mut text = Vec::with_capacity(line.len() + 16);
         let begun = !self.open[screen].is_empty();
@@ -224,6 +226,10 @@ mod tests {
         assert_eq!(text(merger.push(T0, 0, Stdout, b"mine\n")), "mine\n");
         assert_eq!(text(merger.finish(1)), "[rank 1] th\n");
         assert_eq!(text(merger.push(T0, 1, Stderr, b"10%\r20%\r30%\r\n")), "[rank 1] 30%\n");
+        assert_eq!(
+            text(merger.push(T0, 1, Stderr, b"[rank1]: E\n[rank2]: E\n")),
+            "[rank 1] E\n[rank 1] [rank2]: E\n"
+        );
     }
 
     #[test]

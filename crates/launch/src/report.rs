@@ -62,7 +62,7 @@ impl fmt::Display for FailureReport {
         match &self.log {
             Some(path) => writeln!(f, "  full log:  {}", path.display())?,
             None => {
-                writeln!(f, "  full log:  none kept; --enable_each_rank_log DIR keeps one for each rank")?
+                writeln!(f, "  full log:  none kept; --enable_each_rank_log DIR keeps one for each rank")?;
             }
         }
         writeln!(f, "  exit code: {}", self.exit_code)?;

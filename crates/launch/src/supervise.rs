@@ -264,7 +264,7 @@ impl Supervisor<'_> {
             }
             let rest = self.merger.finish(index);
             self.write(rest);
-            let victim = is_victim(&self.ranks[index].stderr.text());
+            let victim = is_victim(&self.ranks[index].stderr.last_words());
             self.decide(Event::Ended { rank: index, ending, victim });
         }
     }

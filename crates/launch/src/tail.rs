@@ -27,29 +27,55 @@ impl Tail {
         }
     }
 
-    /// The text, as far as it is kept.
-    pub(crate) fn text(&self) -> String {
-        String::from_utf8_lossy(&self.bytes[self.bytes.len().saturating_sub(KEPT)..]).into_owned()
-    }
-
-    /// The lines worth showing: from the last Python traceback on if there is one, else the last few; progress bars in their
-    /// last state.
-    pub(crate) fn last_lines(&self) -> Vec<String> {
-        let text = self.text();
-        let lines: Vec<String> = text
-            .split('\n')
-            .map(|line| String::from_utf8_lossy(last_state(line.as_bytes())).trim_end().to_owned())
+    /// The lines as far as they are kept: progress bars in their last state, without the rank that torch puts before each line
+    /// of a traceback, without the empty ones at the end.
+    fn lines(&self) -> Vec<String> {
+        let kept = &self.bytes[self.bytes.len().saturating_sub(KEPT)..];
+        let mut lines: Vec<String> = kept
+            .split(|byte| *byte == b'\n')
+            .map(|line| {
+                let line = String::from_utf8_lossy(last_state(line)).trim_end().to_owned();
+                without_rank(&line).to_owned()
+            })
             .collect();
         let end = lines.iter().rposition(|line| !line.is_empty()).map_or(0, |last| last + 1);
-        let lines = &lines[..end];
-        let traceback = lines.iter().rposition(|line| line.starts_with("Traceback (most recent call last)"));
-        match traceback {
-            Some(start) if end - start <= SHOWN => lines[start..].to_vec(),
+        lines.truncate(end);
+        lines
+    }
+
+    /// The lines worth showing: from the last Python traceback on if there is one, else the last few.
+    pub(crate) fn last_lines(&self) -> Vec<String> {
+        let lines = self.lines();
+        let start = match lines.iter().rposition(|line| is_traceback(line)) {
             // A long traceback: its head says little, its end says what happened.
-            Some(_) => lines[end - SHOWN..].to_vec(),
-            None => lines[end.saturating_sub(SHOWN_PLAIN)..].to_vec(),
+            Some(start) => start.max(lines.len().saturating_sub(SHOWN)),
+            None => lines.len().saturating_sub(SHOWN_PLAIN),
+        };
+        lines[start..].to_vec()
+    }
+
+    /// What the process says that it died of: the exception of the last Python traceback, else its last few lines.
+    pub(crate) fn last_words(&self) -> String {
+        let lines = self.lines();
+        let is_word = |line: &&String| !line.is_empty() && !line.starts_with(char::is_whitespace);
+        match lines.iter().rposition(|line| is_traceback(line)) {
+            // Its body is indented; the exception's message may go on for a line.
+            Some(start) => {
+                lines[start + 1..].iter().filter(is_word).take(2).cloned().collect::<Vec<_>>().join("\n")
+            }
+            None => lines.iter().rev().filter(is_word).take(3).cloned().collect::<Vec<_>>().join("\n"),
         }
     }
+}
+
+fn is_traceback(line: &str) -> bool {
+    line.starts_with("Traceback (most recent call last)")
+}
+
+/// A line without a leading `[rank3]: `.
+fn without_rank(line: &str) -> &str {
+    let rest = line.strip_prefix("[rank").map(|rest| rest.trim_start_matches(|c: char| c.is_ascii_digit()));
+    rest.and_then(|rest| rest.strip_prefix("]: ").or(rest.strip_prefix("]:"))).unwrap_or(line)
 }
 
 #[cfg(test)]
@@ -65,6 +91,12 @@ mod tests {
             tail.last_lines(),
             ["Traceback (most recent call last):", "  File \"x\", line 1", "ValueError: no"]
         );
+        assert_eq!(tail.last_words(), "ValueError: no");
+        let mut tail = Tail::default();
+        tail.push(b"[rank1]: Traceback (most recent call last):\n[rank1]:   File \"x\"\n[rank1]: E: [rank 0] gone\n");
+        tail.push(b"[rank1]: more\n[rank1]: frame #0\n");
+        assert_eq!(tail.last_lines()[..2], ["Traceback (most recent call last):", "  File \"x\""]);
+        assert_eq!(tail.last_words(), "E: [rank 0] gone\nmore");
         let mut tail = Tail::default();
         tail.push(b"a\n10%\r20%\r");
         assert_eq!(tail.last_lines(), ["a", "20%"]);

@@ -293,9 +293,9 @@ fn blame(ending: Ending, victim: bool) -> Blame {
     }
 }
 
-/// Whether the end of a rank's stderr says that it failed because a peer was lost: the last exception is one of ours or of
-/// torch's communication, or speaks of a peer that closed its connection.
-pub(crate) fn is_victim(stderr_tail: &str) -> bool {
+/// Whether a rank's last words say that it failed because a peer was lost: an exception of ours or of torch's communication, or a
+/// connection that the peer closed.
+pub(crate) fn is_victim(last_words: &str) -> bool {
     const SIGNS: [&str; 11] = [
         "CommError",
         "CommTimeout",
@@ -309,13 +309,7 @@ pub(crate) fn is_victim(stderr_tail: &str) -> bool {
         "ncclRemoteError",
         "ncclSystemError",
     ];
-    // The last exception is the last line that does not belong to a traceback's body.
-    stderr_tail
-        .lines()
-        .rev()
-        .filter(|line| !line.trim().is_empty() && !line.starts_with(char::is_whitespace))
-        .take(3)
-        .any(|line| SIGNS.iter().any(|sign| line.contains(sign)))
+    SIGNS.iter().any(|sign| last_words.contains(sign))
 }
 
 #[cfg(test)]
@@ -409,12 +403,10 @@ mod tests {
     }
 
     #[test]
-    fn victims_are_known_by_their_last_exception() {
-        assert!(is_victim(
-            "Traceback (most recent call last):\n  File \"x\"\ndeepspeed.CommError: rank 1 is gone\n"
-        ));
-        assert!(is_victim("torch.distributed.DistNetworkError: Connection closed by peer [127.0.0.1]:1\n\n"));
-        assert!(!is_victim("retrying after CommError\na\nb\nc\nValueError: no\n"));
+    fn victims_are_known_by_their_last_words() {
+        assert!(is_victim("deepspeed.comm.CommError: rank 1 is gone"));
+        assert!(is_victim("RuntimeError: [pair.cc:547] Connection closed by peer [127.0.0.1]:1"));
+        assert!(!is_victim("ValueError: no"));
         assert!(!is_victim(""));
     }
 

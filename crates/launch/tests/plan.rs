@@ -1,5 +1,7 @@
 //! Plans as snapshots: arguments and surroundings in, what would be started out.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use clap::Parser;
 use deepspeed_launch::{LaunchArgs, Surroundings, resolve};
 use std::path::PathBuf;

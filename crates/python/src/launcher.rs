@@ -58,20 +58,21 @@ impl Rendezvous {
         }
     }
 
-    /// From the host name of every rank, as MPI gives them.
+    /// From the host name of every rank, as MPI gives them, and an address of rank 0's host for the others.
     #[staticmethod]
     #[expect(clippy::needless_pass_by_value, reason = "extracted from Python by value")]
     fn from_hosts(rank: usize, hosts: Vec<String>, master_addr: String, master_port: u16) -> PyResult<Self> {
         let Some(host) = hosts.get(rank) else {
             return Err(PyValueError::new_err(format!("rank {rank} is not among {} hosts", hosts.len())));
         };
+        let one_host = hosts.iter().all(|other| other == host);
         let on_this_host = |hosts: &[String]| hosts.iter().filter(|other| *other == host).count() as u32;
         Ok(Self {
             rank: rank as u32,
             world_size: hosts.len() as u32,
             local_rank: Some(on_this_host(&hosts[..rank])),
             local_size: Some(on_this_host(&hosts)),
-            master_addr: Some(master_addr),
+            master_addr: Some(if one_host { "127.0.0.1".to_owned() } else { master_addr }),
             master_port,
             source: "mpi4py",
             extra: Vec::new(),
@@ -267,7 +268,9 @@ fn from_azureml(env: &Environment) -> Result<Rendezvous, String> {
     if one_node && !env.contains_key("MASTER_PORT") {
         found.master_port = AZUREML_PORT_ONE_NODE;
     }
-    found.extra = vec![("NCCL_SOCKET_IFNAME", "^docker0,lo")];
+    if !env.contains_key("NCCL_SOCKET_IFNAME") {
+        found.extra.push(("NCCL_SOCKET_IFNAME", "^docker0,lo"));
+    }
     Ok(found)
 }
 

@@ -38,9 +38,7 @@ def _name() -> str:
     asked = os.environ.get("DS_ACCELERATOR")
     if asked is not None:
         if asked not in SUPPORTED_ACCELERATOR_LIST:
-            raise ValueError(
-                f"DS_ACCELERATOR is {asked!r}, expected one of {', '.join(SUPPORTED_ACCELERATOR_LIST)}"
-            )
+            raise ValueError(f"DS_ACCELERATOR is {asked!r}, expected one of {', '.join(SUPPORTED_ACCELERATOR_LIST)}")
         return asked
     # device_count asks the driver's management library, so it makes no context and survives a fork.
     return "cuda" if torch.cuda.device_count() > 0 else "cpu"

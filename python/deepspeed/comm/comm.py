@@ -54,8 +54,11 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def new_group(ranks: Sequence[int]) -> Group:
-    """A group of these global ranks; every rank of the world calls it, in the same order."""
+def new_group(ranks: Sequence[int]) -> Any:
+    """A group of these global ranks; every rank of the world calls it, in the same order.
+
+    A rank outside it gets torch's GroupMember.NON_GROUP_MEMBER.
+    """
     return dist.new_group(list(ranks))
 
 

@@ -73,9 +73,7 @@ def init_distributed(
         if who.master_addr is None:
             options |= {"store": dist.HashStore(), "rank": who.rank, "world_size": who.world_size}
     if backend == "nccl":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        options["device_id"] = device
+        options["device_id"] = _take_device(who.world_size if who else world_size)
     if verbose:
         logger.info("initialising torch.distributed with backend %s (%s)", backend, who.source if who else "arguments")
     try:
@@ -110,10 +108,32 @@ def _from_mpi4py(port: int) -> _native.Rendezvous | None:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    host = MPI.Get_processor_name()
-    hosts = world.allgather(host)
-    address = world.bcast(socket.gethostbyname(socket.gethostname()) if world.Get_rank() == 0 else None, root=0)
+    hosts = world.allgather(MPI.Get_processor_name())
+    address = world.bcast(_own_address(), root=0)
     return _native.Rendezvous.from_hosts(world.Get_rank(), hosts, address, int(os.environ.get("MASTER_PORT", port)))
+
+
+def _own_address() -> str:
+    """The address from which this host reaches others; its name where it has no route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address for documentation: chooses a route, sends nothing
+        except OSError:
+            return socket.gethostname()
+        return str(probe.getsockname()[0])
+
+
+def _take_device(world_size: int) -> torch.device:
+    """Makes this process's CUDA device the current one, and returns it."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None and world_size != 1:
+        raise RuntimeError(
+            f"LOCAL_RANK is not set, so rank {os.environ.get('RANK')} does not know which of this host's devices is "
+            "its own: set it for every rank, or start the job with the deepspeed command"
+        )
+    device = torch.device("cuda", int(local_rank or "0"))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _timeout_from_environment() -> timedelta | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -25,6 +26,11 @@ class NativeOptimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, hyperparameters: dict[str, Any]):
         defaults = _native.optimizer_defaults(self.ds_kind, hyperparameters)
         super().__init__(params, {**hyperparameters, **defaults})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Torch wraps it so that the first call imports its compiler, which takes seconds and is not
+        needed here: this calls what is wrapped."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -86,5 +92,7 @@ class NativeOptimizer(torch.optim.Optimizer):
 
 def _dense(grad: torch.Tensor) -> torch.Tensor:
     if grad.is_sparse:
-        raise ValueError("a gradient is sparse; these optimizers need dense ones: build the embedding with sparse=False")
+        raise ValueError(
+            "a gradient is sparse, these optimizers need dense ones: build the embedding with sparse=False"
+        )
     return grad.contiguous()

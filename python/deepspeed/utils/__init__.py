@@ -4,6 +4,8 @@ from deepspeed._features import unbuilt_class, unbuilt_function
 from deepspeed._lazy import attach
 from deepspeed.utils.logging import log_dist, logger, set_log_level_from_string, should_log_le, warning_once
 
+__all__ = ["log_dist", "logger", "set_log_level_from_string", "should_log_le", "warning_once"]
+
 _STAGE3 = "ZeRO stage 3"
 
 OnDevice = unbuilt_class("deepspeed.OnDevice", "construction of a model on the meta device")

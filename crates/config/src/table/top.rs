@@ -120,12 +120,13 @@ pub(super) const SETTINGS: &[Setting] = &[
         "Chose broadcasts instead of all-gathers for updated parameters.",
         "the transport decides how updated parameters are shared",
     ),
-    no_effect(
+    not_built(
         "memory_breakdown",
         Kind::Bool,
         "false",
         "Print memory use at several places of a step.",
-        "the peak memory stands in every progress line",
+        "the memory report",
+        NonDefault,
     ),
     no_effect(
         "log_level",

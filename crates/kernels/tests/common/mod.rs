@@ -6,10 +6,10 @@ use deepspeed_core::{DType, Span, SpanMut};
 use deepspeed_kernels::{Isa, cast_on};
 
 /// A stream of numbers: splitmix64.
-pub struct Numbers(u64);
+pub(crate) struct Numbers(u64);
 
 impl Numbers {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
@@ -21,23 +21,23 @@ impl Numbers {
         x ^ (x >> 31)
     }
 
-    pub fn below(&mut self, end: usize) -> usize {
+    pub(crate) fn below(&mut self, end: usize) -> usize {
         (self.next() % end as u64) as usize
     }
 
     /// One number of at most `size`.
-    pub fn moderate(&mut self, size: f32) -> f32 {
+    pub(crate) fn moderate(&mut self, size: f32) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 * size - size
     }
 
     /// Ordinary numbers of at most `size`.
-    pub fn ordinary(&mut self, len: usize, size: f32) -> Vec<f32> {
+    pub(crate) fn ordinary(&mut self, len: usize, size: f32) -> Vec<f32> {
         (0..len).map(|_| self.moderate(size)).collect()
     }
 
     /// Ordinary numbers, and one in three of anything: zeros, infinities, NaN, subnormals, the limits of the 16-bit
     /// types, any bits.
-    pub fn any(&mut self, len: usize) -> Vec<f32> {
+    pub(crate) fn any(&mut self, len: usize) -> Vec<f32> {
         const SPECIAL: [f32; 12] = [
             0.0,
             -0.0,
@@ -63,28 +63,28 @@ impl Numbers {
 }
 
 /// The bytes of `values` in `dtype`, by the baseline cast.
-pub fn narrow(values: &[f32], dtype: DType) -> Vec<u8> {
+pub(crate) fn narrow(values: &[f32], dtype: DType) -> Vec<u8> {
     let mut bytes = vec![0u8; values.len() * 4];
     cast_on(Isa::Scalar, values.into(), span_mut(&mut bytes, values.len(), dtype));
     bytes
 }
 
 /// `len` elements of `dtype` in `bytes`, which the allocator has aligned.
-pub fn span(bytes: &[u8], len: usize, dtype: DType) -> Span<'_> {
+pub(crate) fn span(bytes: &[u8], len: usize, dtype: DType) -> Span<'_> {
     assert!(bytes.len() >= len * dtype.size() && (len == 0 || bytes.as_ptr().cast::<f32>().is_aligned()));
     // SAFETY: long enough and aligned, as just checked; borrowed for the lifetime.
     unsafe { Span::from_raw(bytes.as_ptr(), len, dtype) }
 }
 
 /// As [`span`], writable.
-pub fn span_mut(bytes: &mut [u8], len: usize, dtype: DType) -> SpanMut<'_> {
+pub(crate) fn span_mut(bytes: &mut [u8], len: usize, dtype: DType) -> SpanMut<'_> {
     assert!(bytes.len() >= len * dtype.size() && (len == 0 || bytes.as_ptr().cast::<f32>().is_aligned()));
     // SAFETY: long enough and aligned, as just checked; borrowed exclusively for the lifetime.
     unsafe { SpanMut::from_raw(bytes.as_mut_ptr(), len, dtype) }
 }
 
 /// Equal bits, or both NaN: the payload of a NaN that arithmetic made is not specified.
-pub fn assert_same(ours: &[f32], expected: &[f32], isa: Isa) {
+pub(crate) fn assert_same(ours: &[f32], expected: &[f32], isa: Isa) {
     assert_eq!(ours.len(), expected.len());
     for (index, (a, b)) in ours.iter().zip(expected).enumerate() {
         let same = a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
@@ -93,6 +93,6 @@ pub fn assert_same(ours: &[f32], expected: &[f32], isa: Isa) {
 }
 
 /// As [`assert_same`] for fp64.
-pub fn same64(a: f64, b: f64) -> bool {
+pub(crate) fn same64(a: f64, b: f64) -> bool {
     a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()
 }

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.partition_parameters import (
 
 __getattr__, __dir__ = attach(
     __name__,
-    submodules=("config", "partition_parameters"),
+    submodules=("config", "partition_parameters", "stage3", "stage_1_and_2"),
     attributes={
         "TiledLinear": "deepspeed.runtime.zero.partition_parameters",
         "TiledLinearReturnBias": "deepspeed.runtime.zero.partition_parameters",

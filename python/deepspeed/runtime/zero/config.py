@@ -12,4 +12,4 @@ class ZeroStageEnum(int, Enum):
     optimizer_states = 1
     gradients = 2
     weights = 3
-    max_stage = 3
+    max_stage = 3  # noqa: PIE796  the original's alias

@@ -1,0 +1,60 @@
+# The commands of this project. `make help` lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RANKS  ?= 2
+SOURCES := $(shell find crates python build_backend -type f \( -name '*.rs' -o -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name 'py.typed' \)) \
+           Cargo.toml Cargo.lock pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help venv wheel train test test-rust test-python check format bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+venv: $(VENV)/installed ## Make .venv: torch and our wheel (downloads torch once)
+
+$(VENV)/requirements: requirements-dev.txt
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the tools of the tests into $(VENV) (a few minutes the first time)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/installed: $(VENV)/requirements $(SOURCES)
+	@echo "building the wheel (Rust, release profile)"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall .
+	@touch $@
+
+wheel: $(VENV)/requirements ## Build the wheel into dist/
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist/*.whl
+
+train: venv ## Train a GPT on real text: 2 ranks, bf16, ZeRO-2
+	$(BIN)/deepspeed --num_gpus $(RANKS) examples/gpt/train.py --deepspeed --deepspeed_config examples/gpt/ds_config.json $(ARGS)
+
+test: test-rust test-python ## Run all tests
+
+test-rust: ## Run the Rust tests: no Python, no torch, no GPU
+	cargo test --workspace --quiet
+
+test-python: venv ## Run the Python tests
+	$(BIN)/python -m pytest -q tests $(ARGS)
+
+check: $(VENV)/requirements ## Check formatting, lints and the share of Python
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	@$(PYTHON) tools/source_share.py
+
+format: $(VENV)/requirements ## Format everything
+	cargo fmt --all
+	$(BIN)/ruff format --quiet .
+	$(BIN)/ruff check --fix --quiet .
+
+bench: venv ## Compare with the original, torch DDP and a plain copy (installs the original once)
+	@test -x .peer/bin/python || sh benches/peer-venv.sh .peer
+	DS_PEER_VENV=.peer $(BIN)/python benches/run.py $(ARGS)
+
+clean: ## Remove what was built; .venv stays
+	rm -rf target build dist
