@@ -1,5 +1,6 @@
 """Runs benchmark children with a deadline and gathers the line `BENCH {json}` that one of them prints."""
 
+import contextlib
 import json
 import os
 import re
@@ -24,14 +25,17 @@ def free_port() -> int:
 def environment(python: str) -> dict[str, str]:
     """One compute thread a rank, the CPU accelerator, and the tools of the interpreter's own environment first."""
     folder = os.path.dirname(os.path.abspath(python))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": folder + os.pathsep + os.environ["PATH"]}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": folder + os.pathsep + os.environ["PATH"],
+    }
 
 
 def _end(child: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
@@ -41,7 +45,9 @@ def run(commands: list[tuple[list[str], dict[str, str]]], deadline: float) -> st
         children = []
         try:
             for command, env in commands:
-                children.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True))
+                children.append(
+                    subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                )
             until = time.monotonic() + deadline
             problem = None
             while problem is None and any(child.poll() is None for child in children):
@@ -78,17 +84,37 @@ def single(python: str, arguments: list[str], deadline: float) -> dict:
 
 def ranks(python: str, arguments: list[str], world: int, deadline: float) -> dict:
     """Starts `world` ranks of one script with the variables that a launcher would set."""
-    base = {**environment(python), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "CROSS_RANK": "0", "CROSS_SIZE": "1"}
-    return result(run([([python, *arguments], {**base, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)], deadline))
+    base = {
+        **environment(python),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "LOCAL_SIZE": str(world),
+        "CROSS_RANK": "0",
+        "CROSS_SIZE": "1",
+    }
+    return result(
+        run([([python, *arguments], {**base, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)], deadline)
+    )
 
 
 def engine_all_reduce(root: str, deadline: float) -> dict:
-    """The engine's own collective over shared memory, without Python: the program of `cargo bench -p deepspeed-comm`."""
+    """The engine's own collective over shared memory, without Python: `cargo bench -p deepspeed-comm`."""
     cargo = shutil.which("cargo")
     if cargo is None:
         raise ChildFailed("there is no cargo to build the engine's benchmark with")
-    command = [cargo, "bench", "--quiet", "--manifest-path", os.path.join(root, "Cargo.toml"), "-p", "deepspeed-comm", "--bench", "all_reduce"]
+    command = [
+        cargo,
+        "bench",
+        "--quiet",
+        "--manifest-path",
+        os.path.join(root, "Cargo.toml"),
+        "-p",
+        "deepspeed-comm",
+        "--bench",
+        "all_reduce",
+    ]
     text = run([(command, {**os.environ, "BENCH_MIB": "32", "BENCH_MS": "1000"})], deadline)
     found = re.search(r"^all_reduce fp32 +median +([0-9.]+) GB/s", text, re.MULTILINE)
     if found is None:

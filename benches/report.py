@@ -3,13 +3,16 @@
 Row = tuple[str, str, str, list[tuple[int, float]]]
 
 FOOTNOTES = {
-    "startup": "from starting the launcher to the first line of the user's script in the last of 2 ranks; `python alone` is one Python without a launcher",
+    "startup": "from starting the launcher to the first line of the user's script in the last of 2 ranks; "
+    "`python alone` is one Python without a launcher",
     "import": "`import deepspeed` after `import torch`, one process",
     "initialize": "`deepspeed.initialize` of the model of the step benchmark",
-    "step": "one optimizer step (forward, backward, update) of the median step; `bare` is forward and backward alone; 2 ranks, 1 thread each",
-    "large": "as `step`, with 99.7 M parameters and one sample of 64 bytes a rank, where the engine is what is measured",
-    "adam": "one update of 50 M fp32 parameters, one thread; `copy` and `in place` (overwriting what was read) move the same 28 bytes a parameter",
-    "allreduce": "32 MiB of fp32 between 2 ranks of one host; `engine` is the collective that our training step uses, the others are functions of `deepspeed.comm`",
+    "step": "forward, backward and update, the median of a run; `bare` is forward and backward alone; 2 ranks, 1 thread each",
+    "large": "as `step`, with 99.7 M parameters and one sample of 64 bytes a rank: the engine is what is measured",
+    "adam": "one update of 50 M fp32 parameters, one thread; `copy` and `in place` (overwriting what was read) move the same "
+    "28 bytes a parameter",
+    "allreduce": "32 MiB of fp32 between 2 ranks of one host; `engine` is the collective that our training step uses, the "
+    "others are functions of `deepspeed.comm`",
 }
 
 
@@ -88,7 +91,11 @@ def ratios(table: list[Row]) -> list[tuple[str, str, tuple[float, float, float]]
                 bare = peers.get("bare")
                 if bare is None or peer == "bare":
                     continue
-                above = [(peers[ours][t] - bare[t]) / (theirs[t] - bare[t]) for t in shared if t in bare and theirs[t] > bare[t]]
+                above = [
+                    (peers[ours][t] - bare[t]) / (theirs[t] - bare[t])
+                    for t in shared
+                    if t in bare and theirs[t] > bare[t]
+                ]
                 if above:
                     out.append((case, f"above bare: {ours} / {peer}", spread(above)))
     return out
@@ -107,7 +114,12 @@ def budgets(table: list[Row]) -> list[tuple[str, str, str, bool]]:
         return medians.get((case, peer))
 
     if get("startup", "ours") is not None and get("startup", "python alone") is not None:
-        check("launch to first line, above Python's start", 0.2, get("startup", "ours") - get("startup", "python alone"), " s")
+        check(
+            "launch to first line, above Python's start",
+            0.2,
+            get("startup", "ours") - get("startup", "python alone"),
+            " s",
+        )
     check("import above torch", 0.15, get("import", "ours"), " s")
     found = {}
     for case, what, values in ratios(table):
@@ -116,7 +128,12 @@ def budgets(table: list[Row]) -> list[tuple[str, str, str, bool]]:
         if case.startswith("initialize/step"):
             check(case, 0.5, get(case, "ours"), " s")
         if case.startswith(("step/", "large/")):
-            check(f"{case}: time above bare, of the original's", 1 / 3, found.get((case, "above bare: ours / original")), "")
+            check(
+                f"{case}: time above bare, of the original's",
+                1 / 3,
+                found.get((case, "above bare: ours / original")),
+                "",
+            )
             check(f"{case}: step, of DDP's with fused AdamW", 1.0, found.get((case, "ours / ddp")), "")
     check("adam: of the memory's limit, in place", 1.1, found.get(("adam", "ours / in place")), "")
     gloo = [v for (case, what), v in found.items() if case == "allreduce" and what.endswith("/ gloo")]
@@ -139,7 +156,9 @@ def tables(table: list[Row]) -> tuple[str, str, str]:
     for case, peer, unit, values in table:
         median, low, high = spread([v for _, v in values])
         measured.append([case, peer, f"{number(median)} {unit}", f"{number(low)} - {number(high)}"])
-    compared = [[case, what, number(m), f"{number(low)} - {number(high)}"] for case, what, (m, low, high) in ratios(table)]
+    compared = [
+        [case, what, number(m), f"{number(low)} - {number(high)}"] for case, what, (m, low, high) in ratios(table)
+    ]
     kept = [[what, limit, value, "yes" if good else "NO"] for what, limit, value, good in budgets(table)]
     return (
         grid(["case", "peer", "median", "spread"], measured),
@@ -159,21 +178,27 @@ def text(run: dict, table: list[Row]) -> str:
 
 def markdown(run: dict, table: list[Row]) -> str:
     machine, measured = run["machine"], tables(table)
-    versions = ", ".join(f"{peer}: deepspeed {v['deepspeed']} with torch {v['torch']}" for peer, v in run["versions"].items())
-    notes = "\n".join(f"- **{name}**: {note}." for name, note in FOOTNOTES.items() if any(row[0].split("/")[0] == name for row in table))
+    versions = ", ".join(
+        f"{peer}: deepspeed {v['deepspeed']} with torch {v['torch']}" for peer, v in run["versions"].items()
+    )
+    notes = "\n".join(
+        f"- **{name}**: {note}."
+        for name, note in FOOTNOTES.items()
+        if any(row[0].split("/")[0] == name for row in table)
+    )
     trouble = "\n".join(f"- {line}" for line in problems(run)) or "None."
     return f"""# Benchmarks
 
-Written by `{run['command']}` on {run['time'][:10]}; do not edit by hand. `make bench` measures again on your machine.
+Written by `{run["command"]}` on {run["time"][:10]}; do not edit by hand. `make bench` measures again on your machine.
 
 | | |
 |---|---|
-| processor | {machine['cpu']}, {machine['cores']} cores |
-| memory | {machine['memory_gib']} GiB |
-| system | {machine['system']}, Python {machine['python']} |
-| load when it ended | {machine['load']:.2f} |
+| processor | {machine["cpu"]}, {machine["cores"]} cores |
+| memory | {machine["memory_gib"]} GiB |
+| system | {machine["system"]}, Python {machine["python"]} |
+| load when it ended | {machine["load"]:.2f} |
 | versions | {versions} |
-| rounds | {run['rounds']} of {run['steps']} timed steps; every round runs every peer once, in rotating order |
+| rounds | {run["rounds"]} of {run["steps"]} timed steps; every round runs every peer once, in rotating order |
 
 ## What is measured
 
@@ -181,14 +206,14 @@ Written by `{run['command']}` on {run['time'][:10]}; do not edit by hand. `make 
 
 ## Budgets
 
-{measured[2] or 'None of the budgets could be judged by this run.'}
+{measured[2] or "None of the budgets could be judged by this run."}
 
 ## Ratios
 
-Taken within each round, so below 1 means that ours is faster whatever else the machine did. «Above bare» compares what is
-left of a step after forward and backward: what the engine itself costs.
+Taken within each round, so below 1 means that ours is faster whatever else the machine did. «Above bare» compares what
+is left of a step after forward and backward: what the engine itself costs.
 
-{measured[1] or 'Only one peer was there.'}
+{measured[1] or "Only one peer was there."}
 
 ## Times
 

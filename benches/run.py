@@ -4,7 +4,8 @@
 
 Every round runs every peer once, in rotating order, so that what else the machine does falls on all alike. Reported are
 medians over the rounds with lowest and highest, and ratios taken within each round. The original is looked for in
-DS_PEER_VENV, then in .peer (made by benches/peer-venv.sh .peer). A peer that is missing or fails is reported with the reason.
+DS_PEER_VENV, then in .peer (made by benches/peer-venv.sh .peer). A peer that is missing or fails is reported with the
+reason.
 
 Each run writes bench-results/TIME.json and bench-results/TIME.svg.
 """
@@ -36,8 +37,7 @@ def versions(python: str) -> tuple[dict | None, str]:
     """Versions of deepspeed and torch of an interpreter, or the reason why it cannot be measured."""
     if not os.path.exists(python):
         return None, f"there is no {os.path.relpath(python)}"
-    code = ("import json, importlib.metadata as m\n"
-            "print(json.dumps({p: m.version(p) for p in ('deepspeed', 'torch')}))")
+    code = "import json, importlib.metadata as m\nprint(json.dumps({p: m.version(p) for p in ('deepspeed', 'torch')}))"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return None, (done.stderr.strip().splitlines() or ["it cannot start"])[-1]
@@ -47,7 +47,10 @@ def versions(python: str) -> tuple[dict | None, str]:
 def find_peers() -> tuple[dict[str, str], dict[str, dict], dict[str, str]]:
     """Interpreters by peer, their versions, and the reasons for the peers that are missing."""
     original = os.environ.get("DS_PEER_VENV") or os.path.join(ROOT, ".peer")
-    candidates = {"ours": os.path.join(ROOT, ".venv", "bin", "python"), "original": os.path.join(original, "bin", "python")}
+    candidates = {
+        "ours": os.path.join(ROOT, ".venv", "bin", "python"),
+        "original": os.path.join(original, "bin", "python"),
+    }
     found, known, missing = {}, {}, {}
     for name, python in candidates.items():
         version, reason = versions(python)
@@ -70,17 +73,29 @@ def cases(groups: list[str], peers: dict[str, str], torch_python: str, steps: in
         return processes.ranks(python, [script("step_bench.py"), "--steps", str(steps), *arguments], WORLD, deadline)
 
     if "startup" in groups:
-        add("startup", "python alone", processes.start_up, [torch_python], torch_python, script("first_line.py"), 1, 120)
+        add(
+            "startup", "python alone", processes.start_up, [torch_python], torch_python, script("first_line.py"), 1, 120
+        )
         for peer, python in peers.items():
             launcher = os.path.join(os.path.dirname(python), "deepspeed")
-            command = [launcher, "--num_gpus", str(WORLD), "--no_local_rank", "--master_port", str(processes.free_port())]
+            command = [
+                launcher,
+                "--num_gpus",
+                str(WORLD),
+                "--no_local_rank",
+                "--master_port",
+                str(processes.free_port()),
+            ]
             add("startup", peer, processes.start_up, command, python, script("first_line.py"), WORLD, 120)
         torchrun = [os.path.join(os.path.dirname(torch_python), "torchrun"), "--nproc_per_node", str(WORLD)]
         add("startup", "torchrun", processes.start_up, torchrun, torch_python, script("first_line.py"), WORLD, 120)
     if "import" in groups:
         for peer, python in peers.items():
             add("import", peer, processes.single, python, [script("import_bench.py")], 120)
-    for group, shape, dtypes, stages in (("step", [], ("fp32", "bf16"), (0, 1, 2)), ("large", LARGE, ("bf16",), (0, 1, 2))):
+    for group, shape, dtypes, stages in (
+        ("step", [], ("fp32", "bf16"), (0, 1, 2)),
+        ("large", LARGE, ("bf16",), (0, 1, 2)),
+    ):
         if group not in groups:
             continue
         for dtype in dtypes:
@@ -88,7 +103,17 @@ def cases(groups: list[str], peers: dict[str, str], torch_python: str, steps: in
                 add(f"{group}/{dtype}", engine, step, torch_python, "--engine", engine, "--dtype", dtype, *shape)
             for stage in stages:
                 for peer, python in peers.items():
-                    add(f"{group}/{dtype}/stage{stage}", peer, step, python, "--stage", str(stage), "--dtype", dtype, *shape)
+                    add(
+                        f"{group}/{dtype}/stage{stage}",
+                        peer,
+                        step,
+                        python,
+                        "--stage",
+                        str(stage),
+                        "--dtype",
+                        dtype,
+                        *shape,
+                    )
     if "adam" in groups:
         for peer, python in peers.items():
             add("adam", peer, processes.single, python, [script("adam_bench.py"), "--deepspeed"], 600)
@@ -108,8 +133,14 @@ def machine() -> dict:
             memory = round(int(file.readline().split()[1]) / 2**20)
     except (OSError, StopIteration):
         pass
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": memory, "system": platform.platform(),
-            "python": platform.python_version(), "load": os.getloadavg()[0]}
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": memory,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
 
 
 def main() -> None:
@@ -152,9 +183,15 @@ def main() -> None:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     run = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "command": " ".join(["python", "benches/run.py", *sys.argv[1:]]),
-        "machine": machine(), "versions": known, "rounds": args.rounds, "steps": args.steps,
-        "missing": missing, "failed": failed, "results": {case: results[case] for case in sorted(results)},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "command": " ".join(["python", "benches/run.py", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": known,
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "missing": missing,
+        "failed": failed,
+        "results": {case: results[case] for case in sorted(results)},
     }
     os.makedirs(args.out, exist_ok=True)
     name = os.path.join(args.out, time.strftime("%Y%m%d-%H%M%S"))

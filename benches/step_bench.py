@@ -12,9 +12,8 @@ import resource
 import time
 
 import torch
-from torch import nn
-
 from gpt import GPT
+from torch import nn
 
 
 def arguments():
@@ -80,7 +79,10 @@ def config(a):
         "train_micro_batch_size_per_gpu": a.micro,
         "gradient_accumulation_steps": a.accumulation,
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 3e-4, "warmup_num_steps": 10}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 0, "warmup_max_lr": 3e-4, "warmup_num_steps": 10},
+        },
         "gradient_clipping": a.clip,
         "steps_per_print": 1_000_000_000,
         "zero_optimization": {"stage": a.stage},

@@ -68,7 +68,9 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, prompt: torch.Tensor, count: int, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    def generate(
+        self, prompt: torch.Tensor, count: int, temperature: float, generator: torch.Generator
+    ) -> torch.Tensor:
         """Continues one prompt (length,) by `count` bytes."""
         text = prompt
         for _ in range(count):

@@ -5,6 +5,7 @@ import os
 from xml.sax.saxutils import escape
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#ff7f0e")
+FONT = 'font-family="sans-serif" font-size="12"'
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 44, 52
 
@@ -35,7 +36,7 @@ def curves(path: str, title: str, x_label: str, y_label: str, series: dict[str, 
         return HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {FONT}>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',
     ]
@@ -45,16 +46,20 @@ def curves(path: str, title: str, x_label: str, y_label: str, series: dict[str, 
     for value in ticks(y_low, y_high):
         out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#eee"/>')
         out.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 14}" text-anchor="middle">{escape(x_label)}</text>')
+    out.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 14}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    out.append(f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{escape(y_label)}</text>')
+    out.append(
+        f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{escape(y_label)}</text>'
+    )
     for i, (name, line) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
         path_points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
         out.append(f'<polyline points="{path_points}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        key = WIDTH - RIGHT - 170
-        out.append(f'<line x1="{key}" x2="{key + 22}" y1="{TOP + 12 + 18 * i}" y2="{TOP + 12 + 18 * i}" stroke="{colour}" stroke-width="2"/>')
-        out.append(f'<text x="{key + 28}" y="{TOP + 16 + 18 * i}">{escape(name)}</text>')
+        left, top = WIDTH - RIGHT - 170, TOP + 12 + 18 * i
+        out.append(f'<line x1="{left}" x2="{left + 22}" y1="{top}" y2="{top}" stroke="{colour}" stroke-width="2"/>')
+        out.append(f'<text x="{left + 28}" y="{top + 4}">{escape(name)}</text>')
     out.append("</svg>")
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:

@@ -13,10 +13,10 @@ import sys
 import time
 
 import torch
-
-import deepspeed
 from model import GPT
 from plot import curves
+
+import deepspeed
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VALIDATION_SHARE = 0.1
@@ -26,7 +26,9 @@ BAR_WIDTH = 28
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
-    parser.add_argument("--data", default=os.path.join(HERE, "data", "pride-and-prejudice.txt"), help="the text to learn")
+    parser.add_argument(
+        "--data", default=os.path.join(HERE, "data", "pride-and-prejudice.txt"), help="the text to learn"
+    )
     parser.add_argument("--out", default=os.path.join("build", "gpt"), help="the folder for everything written")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: total_num_steps of the schedule)")
@@ -36,11 +38,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1813)
     parser.add_argument("--report_interval", type=int, default=25, help="steps between two lines of output")
-    parser.add_argument("--validate_interval", type=int, default=150, help="steps between two looks at the validation text")
+    parser.add_argument(
+        "--validate_interval", type=int, default=150, help="steps between two looks at the validation text"
+    )
     parser.add_argument("--save_interval", type=int, default=150, help="steps between two checkpoints; 0 saves none")
     parser.add_argument("--sample_bytes", type=int, default=400)
-    parser.add_argument("--progress", choices=["auto", "bar", "lines"], default="auto",
-                        help="auto draws a bar where stdout is a terminal; a launcher usually puts a pipe there")
+    parser.add_argument(
+        "--progress",
+        choices=["auto", "bar", "lines"],
+        default="auto",
+        help="auto draws a bar where stdout is a terminal; a launcher usually puts a pipe there",
+    )
     parser = deepspeed.add_config_arguments(parser)
     return parser.parse_args()
 
@@ -86,7 +94,9 @@ class Progress:
     def update(self, step: int, text: str) -> None:
         if self.bar:
             filled = BAR_WIDTH * step // self.total
-            print(f"\r\x1b[K[{'█' * filled}{'░' * (BAR_WIDTH - filled)}] {step}/{self.total}  {text}", end="", flush=True)
+            print(
+                f"\r\x1b[K[{'█' * filled}{'░' * (BAR_WIDTH - filled)}] {step}/{self.total}  {text}", end="", flush=True
+            )
         elif self.shown and (step % self.interval == 0 or step == self.total):
             print(f"step {step}/{self.total}  {text}", flush=True)
 
@@ -154,7 +164,10 @@ def main() -> None:
         progress.line(f"resumed from {path}, after step {client_state['step']}")
     train, validation = client_state["train"], client_state["validation"]
     parameters = sum(p.numel() for p in model.parameters())
-    progress.line(f"{parameters / 1e6:.1f} M parameters, {world} ranks, {size * accumulation * world} samples of {args.length} bytes a step")
+    samples = size * accumulation * world
+    progress.line(
+        f"{parameters / 1e6:.1f} M parameters, {world} ranks, {samples} samples of {args.length} bytes a step"
+    )
 
     loss_sum, loss_count = torch.zeros((), device=model_engine.device), 0
     trained_seconds, trained_samples, speed = 0.0, 0, 0.0
@@ -173,7 +186,7 @@ def main() -> None:
             loss_sum.zero_()
             loss_count = 0
         trained_seconds += time.perf_counter() - started
-        trained_samples += size * accumulation * world
+        trained_samples += samples
         speed = trained_samples / trained_seconds
         shown_loss = f"loss {train[-1][1]:.3f}  " if train else ""
         progress.update(step, f"{shown_loss}rate {model_engine.get_lr()[0]:.2e}  {speed:.1f} samples/s")
@@ -189,10 +202,23 @@ def main() -> None:
     validation.append((steps, final))
     written = sample(model_engine, args.sample_bytes, args.seed) if args.sample_bytes else ""
     if rank == 0:
-        curves(os.path.join(args.out, "loss.svg"), "Byte-level GPT on Pride and Prejudice", "step", "nats per byte",
-               {"training": train, "validation": validation})
-        log = {"parameters": parameters, "world": world, "config": model_engine.config, "seconds": trained_seconds,
-               "samples_per_second": speed, "validation_loss": final, "train": train, "validation": validation}
+        curves(
+            os.path.join(args.out, "loss.svg"),
+            "Byte-level GPT on Pride and Prejudice",
+            "step",
+            "nats per byte",
+            {"training": train, "validation": validation},
+        )
+        log = {
+            "parameters": parameters,
+            "world": world,
+            "config": model_engine.config,
+            "seconds": trained_seconds,
+            "samples_per_second": speed,
+            "validation_loss": final,
+            "train": train,
+            "validation": validation,
+        }
         write(os.path.join(args.out, "log.json"), json.dumps(log, indent=1) + "\n")
         write(os.path.join(args.out, "sample.txt"), written + "\n")
     deepspeed.comm.barrier()

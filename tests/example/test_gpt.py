@@ -10,16 +10,49 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "gpt"
 DEADLINE = 240
-SMALL = ["--layers", "1", "--width", "64", "--heads", "1", "--length", "32", "--report_interval", "4",
-         "--validate_interval", "1000", "--save_interval", "8", "--sample_bytes", "20"]
+SMALL = [
+    "--layers",
+    "1",
+    "--width",
+    "64",
+    "--heads",
+    "1",
+    "--length",
+    "32",
+    "--report_interval",
+    "4",
+    "--validate_interval",
+    "1000",
+    "--save_interval",
+    "8",
+    "--sample_bytes",
+    "20",
+]
 
 
 def train(out: Path, *more: str) -> str:
     launcher = Path(sys.executable).parent / "deepspeed"
-    command = [str(launcher), "--num_gpus", "2", str(EXAMPLE / "train.py"), "--deepspeed", "--deepspeed_config",
-               str(EXAMPLE / "ds_config.json"), "--out", str(out), *SMALL, *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        str(launcher),
+        "--num_gpus",
+        "2",
+        str(EXAMPLE / "train.py"),
+        "--deepspeed",
+        "--deepspeed_config",
+        str(EXAMPLE / "ds_config.json"),
+        "--out",
+        str(out),
+        *SMALL,
+        *more,
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

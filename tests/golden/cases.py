@@ -35,26 +35,60 @@ def all_cases() -> dict[str, dict]:
                 cases[f"{precision}-stage{stage}-accumulation{accumulation}"] = config(precision, stage, accumulation)
 
     schedules = {
-        "warmup-linear": {"type": "WarmupLR", "params": {
-            "warmup_min_lr": 1e-5, "warmup_max_lr": 1e-3, "warmup_num_steps": 12, "warmup_type": "linear"}},
-        "warmup-decay": {"type": "WarmupDecayLR", "params": {
-            "total_num_steps": 40, "warmup_min_lr": 0, "warmup_max_lr": 1e-3, "warmup_num_steps": 10}},
-        "warmup-cosine": {"type": "WarmupCosineLR", "params": {
-            "total_num_steps": 40, "warmup_min_ratio": 0.1, "warmup_num_steps": 8, "cos_min_ratio": 0.05}},
-        "warmup-cosine-linear": {"type": "WarmupCosineLR", "params": {
-            "total_num_steps": 60, "warmup_num_steps": 8, "warmup_type": "linear"}},
-        "range-test": {"type": "LRRangeTest", "params": {
-            "lr_range_test_min_lr": 1e-5, "lr_range_test_step_size": 10, "lr_range_test_step_rate": 5}},
-        "range-test-staircase": {"type": "LRRangeTest", "params": {
-            "lr_range_test_min_lr": 1e-5, "lr_range_test_step_size": 10, "lr_range_test_step_rate": 5,
-            "lr_range_test_staircase": True}},
-        "one-cycle": {"type": "OneCycle", "params": {
-            "cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3, "cycle_first_step_size": 15, "cycle_second_step_size": 10,
-            "decay_step_size": 5, "decay_lr_rate": 0.5}},
-        "one-cycle-stairs": {"type": "OneCycle", "params": {
-            "cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3, "cycle_first_step_size": 16, "cycle_first_stair_count": 4,
-            "cycle_second_stair_count": 4, "cycle_min_mom": 0.85, "cycle_max_mom": 0.95, "decay_step_size": 6,
-            "decay_mom_rate": 0.01}},
+        "warmup-linear": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 1e-5, "warmup_max_lr": 1e-3, "warmup_num_steps": 12, "warmup_type": "linear"},
+        },
+        "warmup-decay": {
+            "type": "WarmupDecayLR",
+            "params": {"total_num_steps": 40, "warmup_min_lr": 0, "warmup_max_lr": 1e-3, "warmup_num_steps": 10},
+        },
+        "warmup-cosine": {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": 40, "warmup_min_ratio": 0.1, "warmup_num_steps": 8, "cos_min_ratio": 0.05},
+        },
+        "warmup-cosine-linear": {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": 60, "warmup_num_steps": 8, "warmup_type": "linear"},
+        },
+        "range-test": {
+            "type": "LRRangeTest",
+            "params": {"lr_range_test_min_lr": 1e-5, "lr_range_test_step_size": 10, "lr_range_test_step_rate": 5},
+        },
+        "range-test-staircase": {
+            "type": "LRRangeTest",
+            "params": {
+                "lr_range_test_min_lr": 1e-5,
+                "lr_range_test_step_size": 10,
+                "lr_range_test_step_rate": 5,
+                "lr_range_test_staircase": True,
+            },
+        },
+        "one-cycle": {
+            "type": "OneCycle",
+            "params": {
+                "cycle_min_lr": 1e-5,
+                "cycle_max_lr": 1e-3,
+                "cycle_first_step_size": 15,
+                "cycle_second_step_size": 10,
+                "decay_step_size": 5,
+                "decay_lr_rate": 0.5,
+            },
+        },
+        "one-cycle-stairs": {
+            "type": "OneCycle",
+            "params": {
+                "cycle_min_lr": 1e-5,
+                "cycle_max_lr": 1e-3,
+                "cycle_first_step_size": 16,
+                "cycle_first_stair_count": 4,
+                "cycle_second_stair_count": 4,
+                "cycle_min_mom": 0.85,
+                "cycle_max_mom": 0.95,
+                "decay_step_size": 6,
+                "decay_mom_rate": 0.01,
+            },
+        },
     }
     for name, scheduler in schedules.items():
         cases[f"schedule-{name}"] = config(scheduler=scheduler)
@@ -69,7 +103,8 @@ def all_cases() -> dict[str, dict]:
     cases["predivide-stage0"] = config(stage=0, gradient_predivide_factor=2.0)
     cases["prescale-stage0"] = config(stage=0, prescale_gradients=True, gradient_predivide_factor=2.0)
     cases["grad-accumulation-fp32-bf16-stage1"] = config(
-        "bf16", 1, accumulation=4, data_types={"grad_accum_dtype": "fp32"})
+        "bf16", 1, accumulation=4, data_types={"grad_accum_dtype": "fp32"}
+    )
 
     optimizers = {
         "adam": {"type": "Adam", "params": {"lr": 1e-3, "weight_decay": 0.1}},
@@ -80,18 +115,26 @@ def all_cases() -> dict[str, dict]:
         "lion": {"type": "Lion", "params": {"lr": 1e-4, "betas": [0.9, 0.98], "weight_decay": 0.1}},
         "adagrad": {"type": "Adagrad", "params": {"lr": 1e-2, "weight_decay": 0.01}},
         "sgd": {"type": "SGD", "params": {"lr": 0.1}},
-        "sgd-momentum": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}},
+        "sgd-momentum": {
+            "type": "SGD",
+            "params": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+        },
         "rmsprop-torch": {"type": "RMSprop", "params": {"lr": 1e-3}},
     }
     for name, optimizer in optimizers.items():
         for stage in (0, 1):
             cases[f"optimizer-{name}-stage{stage}"] = config(
-                stage=stage, optimizer=optimizer, scheduler=None, zero_allow_untested_optimizer=True)
+                stage=stage, optimizer=optimizer, scheduler=None, zero_allow_untested_optimizer=True
+            )
 
     # Optimizers that the client builds: (module, class, arguments), under the key that worker.py takes out.
     clients = {
         "cpu-adam": ("deepspeed.ops.adam", "DeepSpeedCPUAdam", {"lr": 1e-3, "weight_decay": 0.1}),
-        "cpu-adam-l2": ("deepspeed.ops.adam", "DeepSpeedCPUAdam", {"lr": 1e-3, "weight_decay": 0.1, "adamw_mode": False}),
+        "cpu-adam-l2": (
+            "deepspeed.ops.adam",
+            "DeepSpeedCPUAdam",
+            {"lr": 1e-3, "weight_decay": 0.1, "adamw_mode": False},
+        ),
         "cpu-lion": ("deepspeed.ops.lion", "DeepSpeedCPULion", {"lr": 1e-4, "betas": (0.9, 0.98), "weight_decay": 0.1}),
         "cpu-adagrad": ("deepspeed.ops.adagrad", "DeepSpeedCPUAdagrad", {"lr": 1e-2, "weight_decay": 0.01}),
         "torch-adamw": ("torch.optim", "AdamW", {"lr": 1e-3, "weight_decay": 0.1}),

@@ -46,7 +46,7 @@ def build() -> GPT:
 
 
 def batch(micro_step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences x -> 5 x + c modulo the vocabulary, with c one of four constants, so that there is something to learn."""
+    """Sequences x -> 5 x + c modulo the vocabulary, with c one of four constants: there is something to learn."""
     generator = torch.Generator().manual_seed(DATA_SEED + 1000 * micro_step + rank)
     x = torch.randint(VOCABULARY, (MICRO_BATCH,), generator=generator)
     c = torch.randint(4, (MICRO_BATCH,), generator=generator) * 7 + 1

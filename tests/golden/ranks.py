@@ -19,22 +19,38 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run(python: str, only: str | None, deadline: float, log: str, backend: str | None = None) -> tuple[list[dict[str, dict]], str]:
+def run(
+    python: str, only: str | None, deadline: float, log: str, backend: str | None = None
+) -> tuple[list[dict[str, dict]], str]:
     """Returns per rank {case: result}, and how the run ended ("" when every rank exited with 0).
 
     The ranks' output goes to `log`; `deadline` is in seconds, after which what is left is killed.
     """
     with tempfile.TemporaryDirectory() as folder, open(log, "w", encoding="utf-8") as output:
-        base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(WORLD),
-                "LOCAL_WORLD_SIZE": str(WORLD), "LOCAL_SIZE": str(WORLD), "CROSS_RANK": "0", "CROSS_SIZE": "1",
-                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                # The original builds its operators with the ninja of its own environment.
-                "PATH": os.path.dirname(python) + os.pathsep + os.environ.get("PATH", "")}
+        base = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(WORLD),
+            "LOCAL_WORLD_SIZE": str(WORLD),
+            "LOCAL_SIZE": str(WORLD),
+            "CROSS_RANK": "0",
+            "CROSS_SIZE": "1",
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            # The original builds its operators with the ninja of its own environment.
+            "PATH": os.path.dirname(python) + os.pathsep + os.environ.get("PATH", ""),
+        }
         command = [python, os.path.join(HERE, "worker.py"), "--out", folder] + (["--only", only] if only else [])
         command += ["--backend", backend] if backend else []
         ranks = [
-            subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                             env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
             for rank in range(WORLD)
         ]
         ended, until = "", time.monotonic() + deadline

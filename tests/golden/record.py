@@ -48,7 +48,8 @@ def main() -> None:
         with open(os.path.join(RECORDED, f"{name}.json"), "w", encoding="utf-8") as file:
             json.dump(case, file, separators=(",", ":"))
             file.write("\n")
-        print(f"{name}: {case.get('error') or 'recorded, last loss %.5f' % case['losses'][0][-1]}")
+        outcome = case.get("error") or f"recorded, last loss {case['losses'][0][-1]:.5f}"
+        print(f"{name}: {outcome}")
 
 
 if __name__ == "__main__":

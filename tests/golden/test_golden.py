@@ -25,7 +25,7 @@ for path in sorted(glob.glob(os.path.join(HERE, "recorded", "*.json"))):
         CASES[os.path.basename(path).removesuffix(".json")] = json.load(recorded_file)
 
 # Relative tolerances of (the first 10 losses, all 50 losses, the first 10 norms, the final weights).
-# Lion moves by the sign of a momentum, which for the keys' biases (whose gradient is zero in exact arithmetic) is noise.
+# Lion moves by the sign of a momentum, which is noise for the keys' biases: their gradient is zero in exact arithmetic.
 TOLERANCES = {"fp32": (1e-5, 1e-4, 1e-4, 1e-3), "bf16": (1e-2, 1e-2, 1e-2, 2e-2), "lion": (1e-5, 1e-4, 1e-4, 2e-2)}
 
 
@@ -38,7 +38,9 @@ def ours(tmp_path_factory):
 
 def worst(ours: list, theirs: list) -> tuple[float, int]:
     """The largest relative difference and its step."""
-    differences = [abs(a - b) / max(abs(b), 1e-12) if math.isfinite(a) else math.inf for a, b in zip(ours, theirs, strict=True)]
+    differences = [
+        abs(a - b) / max(abs(b), 1e-12) if math.isfinite(a) else math.inf for a, b in zip(ours, theirs, strict=True)
+    ]
     return max((d, i) for i, d in enumerate(differences))
 
 

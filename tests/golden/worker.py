@@ -11,10 +11,10 @@ import os
 import traceback
 
 import torch
-
-import deepspeed
 from cases import CLIENT, STEPS, all_cases
 from model import batch, build
+
+import deepspeed
 
 
 def number(value) -> float | None:
@@ -39,7 +39,8 @@ def train(config: dict, rank: int) -> dict:
         module, name, arguments = client
         client = getattr(importlib.import_module(module), name)(model.parameters(), **arguments)
     engine, optimizer, _, _ = deepspeed.initialize(
-        model=model, optimizer=client, model_parameters=model.parameters(), config=config)
+        model=model, optimizer=client, model_parameters=model.parameters(), config=config
+    )
     accumulation = engine.gradient_accumulation_steps()
     for step in range(STEPS):
         out["rates"].append(number(optimizer.param_groups[0]["lr"]))

@@ -17,6 +17,7 @@ use std::{
         Arc,
         atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -349,7 +350,14 @@ impl Segment {
     pub(crate) fn poison(&self, rank: u32, error: &CommError) -> Option<CommError> {
         let poison = &self.inner.header().poison;
         if poison.state.compare_exchange(CLEAN, WRITING, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            return self.poisoned();
+            // Another rank is first; it may still be writing, but not for long unless it was killed at it.
+            for _ in 0..1000 {
+                if let Some(first) = self.poisoned() {
+                    return Some(first);
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            return None;
         }
         let message = error.to_string();
         let bytes = &message.as_bytes()[..message.floor_char_boundary(POISON_BYTES)];
@@ -471,6 +479,26 @@ mod tests {
         let kept = segment.poison(0, &CommError::Segment("second".into())).unwrap();
         assert_eq!(kept.to_string(), "shared-memory group: first");
         assert_eq!(kept.kind(), ErrorKind::Segment);
+    }
+
+    #[test]
+    fn whoever_is_not_first_to_fail_waits_for_the_first_error() {
+        for _ in 0..200 {
+            let segment = Segment::for_threads(4, &Options { ring_bytes: 0, ..Options::default() }).unwrap();
+            let errors: Vec<String> = std::thread::scope(|scope| {
+                let ranks: Vec<_> = (0..4u32)
+                    .map(|rank| {
+                        let segment = &segment;
+                        scope.spawn(move || {
+                            let own = CommError::Segment(format!("of rank {rank}"));
+                            segment.poison(rank, &own).unwrap_or(own).to_string()
+                        })
+                    })
+                    .collect();
+                ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+            });
+            assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+        }
     }
 
     #[test]

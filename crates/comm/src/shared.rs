@@ -68,7 +68,7 @@ const SMALL: usize = 16384;
 const AHEAD: usize = 8;
 /// As [`AHEAD`], of each kind, for the all-reduce.
 const REDUCE_AHEAD: usize = 2;
-const _: () = assert!(AHEAD <= SLOTS && 2 * REDUCE_AHEAD + 1 <= SLOTS);
+const _: () = assert!(AHEAD <= SLOTS && 2 * REDUCE_AHEAD < SLOTS);
 
 /// A rank of a group whose ranks share a [`Segment`].
 ///

@@ -32,7 +32,7 @@ impl Accumulation {
 
     /// Whether the current micro-batch is the last one before an update.
     pub fn is_boundary(&self) -> bool {
-        !self.suspended && self.forced.unwrap_or((self.micro_steps + 1) % self.steps == 0)
+        !self.suspended && self.forced.unwrap_or((self.micro_steps + 1).is_multiple_of(self.steps))
     }
 
     /// The caller decides about boundaries from here on (`Some`), or counting does (`None`).

@@ -216,13 +216,11 @@ impl Engine {
             stage: self.settings.stage.number(),
             dtype: self.settings.precision,
             params: self.layout.params.iter().map(ParamRecord::from).chain(frozen).collect(),
-            state: json!({
-                "counters": self.counters,
-                "loss_scaler": self.scaler,
-                "train_batch_size": self.settings.train_batch_size,
-                "accumulation_steps": self.settings.accumulation_steps,
-                "face": request.face,
-            }),
+            state: {
+                let mut state = self.state();
+                state["face"] = request.face.clone();
+                state
+            },
             frozen_excluded: request.exclude_frozen,
         }
     }
@@ -271,7 +269,7 @@ impl Engine {
         let read = self.read(&checkpoint, options, hypers, weights, frozen);
         agree(group, "contents of the checkpoint", read, |()| Vec::new())?;
         if !options.module_only {
-            self.read_state(checkpoint.state())?;
+            self.load_state(checkpoint.state())?;
         }
         self.discard_gradients();
         group.set_activity("");
@@ -293,7 +291,7 @@ impl Engine {
                     spec.name, stored.shape, spec.shape
                 )),
                 None if options.strict => {
-                    problems.push(format!("the checkpoint has no parameter `{}`", spec.name))
+                    problems.push(format!("the checkpoint has no parameter `{}`", spec.name));
                 }
                 Some(_) | None => {}
             }
@@ -358,11 +356,11 @@ impl Engine {
                 let start = fragment.unit_offset - range.start;
                 let part = start..start + fragment.len;
                 let stored = fragment.param_offset..fragment.param_offset + fragment.len;
-                if let Some(master) = &mut shard.master {
-                    if checkpoint.dtype(name, kind::MASTER).is_some() {
-                        let mut target = SpanMut::from(&mut master.as_f32_mut()[part.clone()]);
-                        read_cast(checkpoint, name, kind::MASTER, stored.clone(), &mut target)?;
-                    }
+                if let Some(master) = &mut shard.master
+                    && checkpoint.dtype(name, kind::MASTER).is_some()
+                {
+                    let mut target = SpanMut::from(&mut master.as_f32_mut()[part.clone()]);
+                    read_cast(checkpoint, name, kind::MASTER, stored.clone(), &mut target)?;
                 }
                 for (state, tensor) in names.iter().zip(&mut shard.state) {
                     let mut target = SpanMut::from(&mut tensor.as_f32_mut()[part.clone()]);
@@ -373,10 +371,23 @@ impl Engine {
         Ok(())
     }
 
-    /// Counters and loss scale, as `save_checkpoint` left them.
-    fn read_state(&mut self, state: &Value) -> Result<(), EngineError> {
+    /// Counters and loss scale, as checkpoints hold them.
+    pub fn state(&self) -> Value {
+        json!({
+            "counters": self.counters,
+            "loss_scaler": self.scaler,
+            "train_batch_size": self.settings.train_batch_size,
+            "accumulation_steps": self.settings.accumulation_steps,
+        })
+    }
+
+    /// Takes back what [`Engine::state`] gave.
+    ///
+    /// # Errors
+    /// [`EngineError::Usage`] for anything else.
+    pub fn load_state(&mut self, state: &Value) -> Result<(), EngineError> {
         let damaged = |what: &str, error: serde_json::Error| {
-            EngineError::Usage(format!("the checkpoint's {what} cannot be read: {error}"))
+            EngineError::Usage(format!("the saved {what} cannot be read: {error}"))
         };
         self.counters = serde_json::from_value::<Counters>(state["counters"].clone())
             .map_err(|error| damaged("counters", error))?;

@@ -4,27 +4,33 @@ use std::{sync::Arc, time::Instant};
 
 use deepspeed_comm::{Group, Into, Pieces};
 use deepspeed_core::{AlignedBuffer, DType, Layout, ParamSpec, Span, SpanMut, Unit};
+use deepspeed_kernels::parallel::Workers;
 use deepspeed_monitor::{Counters, Phase, StepLine, Stopwatch};
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
 use deepspeed_zero::{
-    Exchange, LocalAccumulator, Policy, ReduceAt, Residency, UnitShard, gather_gradients, publish,
+    AlreadyUpdated, Exchange, LocalAccumulator, Policy, ReduceAt, UnitShard, gather_gradients, publish,
     reduce_unit, unit_name,
 };
 
 use crate::{
-    Accumulation, Decision, EngineError, Settings, decide,
+    Accumulation, Decision, EngineError, Settings,
+    client::check_client,
+    decide,
     delivery::Delivery,
     nonfinite,
-    update::{AlreadyUpdated, ElementWise, Lamb},
+    update::{ElementWise, Lamb},
 };
 
 /// Who updates the masters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OptimizerChoice {
     /// An optimizer of ours.
     Native(OptimizerKind),
     /// The client's own, run by the face between [`Engine::prepare`] and [`Engine::publish_client`].
-    Client,
+    Client {
+        /// The optimizer's class, as `torch.optim.adamw.AdamW`.
+        class: String,
+    },
     /// None: the engine only averages gradients (a client that steps by itself) or runs inference.
     Absent,
 }
@@ -81,9 +87,10 @@ pub struct Engine {
     unused: Vec<String>,
     /// Whether the shards hold gradients of the current accumulation.
     reduced: bool,
-    norm: Option<f64>,
-    applied: bool,
+    pub(crate) norm: Option<f64>,
+    pub(crate) applied: bool,
     loss: Option<f64>,
+    workers: Workers,
     watch: Stopwatch,
     window: Window,
 }
@@ -93,6 +100,7 @@ pub struct Engine {
 struct Window {
     since: Instant,
     samples: u64,
+    steps: u64,
 }
 
 impl Engine {
@@ -112,12 +120,16 @@ impl Engine {
     ) -> Result<Self, EngineError> {
         let layout = Layout::new(params, group.world(), settings.unit_len)?;
         let native = matches!(optimizer, OptimizerChoice::Native(_));
-        let states = match optimizer {
+        let states = match &optimizer {
             OptimizerChoice::Native(_) => {
                 hypers.iter().map(|hyper| state_names(hyper).len()).max().unwrap_or(0)
             }
-            OptimizerChoice::Client | OptimizerChoice::Absent => 0,
+            OptimizerChoice::Client { .. } | OptimizerChoice::Absent => 0,
         };
+        let policy = Policy::new(settings.stage, native);
+        if let OptimizerChoice::Client { class } = &optimizer {
+            check_client(class, policy.state, settings.allow_untested_optimizer)?;
+        }
         let exchange = Exchange::new(
             group.world(),
             settings.communication_dtype,
@@ -126,7 +138,7 @@ impl Engine {
             settings.gradient_predivide_factor,
         );
         Ok(Self {
-            policy: Policy::new(settings.stage, native),
+            policy,
             optimizer,
             shards: layout.units.iter().map(|unit| UnitShard::new(unit, states)).collect(),
             scaler,
@@ -140,8 +152,10 @@ impl Engine {
             norm: None,
             applied: false,
             loss: None,
+            workers: Workers::new(settings.threads)
+                .map_err(|error| EngineError::Threads(error.to_string()))?,
             watch: Stopwatch::default(),
-            window: Window { since: Instant::now(), samples: 0 },
+            window: Window { since: Instant::now(), samples: 0, steps: 0 },
             layout: Arc::new(layout),
             settings,
             group,
@@ -201,7 +215,7 @@ impl Engine {
     }
 
     fn line_due(&self, step: u64) -> bool {
-        self.settings.steps_per_print.is_some_and(|every| every > 0 && step % every == 0)
+        self.settings.steps_per_print.is_some_and(|every| every > 0 && step.is_multiple_of(every))
     }
 
     /// Takes the gradients of one backward pass, by parameter id; the memory is free again afterwards.
@@ -352,10 +366,10 @@ impl Engine {
         }
         let step = self.counters.optimizer_steps + 1;
         if kind.is_elementwise() {
-            let mut update = ElementWise { hypers, step, grad_scale };
-            publish(&*self.group, &self.layout, &mut self.shards, weights, &mut update)?;
+            let update = ElementWise { hypers, step, grad_scale };
+            publish(&*self.group, &self.layout, &mut self.shards, weights, &update, &self.workers)?;
         } else {
-            let mut update = Lamb::prepare(
+            let update = Lamb::prepare(
                 &self.layout,
                 &mut self.shards,
                 weights,
@@ -364,7 +378,7 @@ impl Engine {
                 step,
                 grad_scale,
             )?;
-            publish(&*self.group, &self.layout, &mut self.shards, weights, &mut update)?;
+            publish(&*self.group, &self.layout, &mut self.shards, weights, &update, &self.workers)?;
         }
         Ok(())
     }
@@ -398,7 +412,7 @@ impl Engine {
     /// As [`Engine::apply_native`].
     pub fn publish_client(&mut self, weights: &mut [SpanMut<'_>]) -> Result<(), EngineError> {
         self.check_weights(weights)?;
-        Ok(publish(&*self.group, &self.layout, &mut self.shards, weights, &mut AlreadyUpdated)?)
+        Ok(publish(&*self.group, &self.layout, &mut self.shards, weights, &AlreadyUpdated, &self.workers)?)
     }
 
     /// Ends a step that [`Engine::prepare`] began.
@@ -436,6 +450,8 @@ impl Engine {
             samples: self.counters.global_samples - self.window.samples,
             elapsed: now.saturating_duration_since(self.window.since),
             times: self.watch.take(),
+            breakdown: self.settings.wall_clock_breakdown,
+            steps: self.counters.global_steps - self.window.steps,
         };
         self.restart_window();
         line.to_string()
@@ -443,7 +459,8 @@ impl Engine {
 
     /// The next step line speaks of what comes from here on.
     pub(crate) fn restart_window(&mut self) {
-        self.window = Window { since: Instant::now(), samples: self.counters.global_samples };
+        let Counters { global_samples: samples, global_steps: steps, .. } = self.counters;
+        self.window = Window { since: Instant::now(), samples, steps };
     }
 
     /// One whole step with an optimizer of ours.
@@ -478,137 +495,6 @@ impl Engine {
             }
         }
         Ok(())
-    }
-}
-
-/// Facts about the engine.
-impl Engine {
-    /// The settings it was made with.
-    pub fn settings(&self) -> &Settings {
-        &self.settings
-    }
-
-    /// The layout of its parameters.
-    pub fn layout(&self) -> &Arc<Layout> {
-        &self.layout
-    }
-
-    /// Its process group.
-    pub fn group(&self) -> &Arc<dyn Group> {
-        &self.group
-    }
-
-    /// Its counters.
-    pub fn counters(&self) -> Counters {
-        self.counters
-    }
-
-    /// The loss scaler.
-    pub fn scaler(&self) -> &LossScaler {
-        &self.scaler
-    }
-
-    /// The loss scaler, to override its scale.
-    pub fn scaler_mut(&mut self) -> &mut LossScaler {
-        &mut self.scaler
-    }
-
-    /// Boundaries: counted, forced or suspended.
-    pub fn accumulation_mut(&mut self) -> &mut Accumulation {
-        &mut self.accumulation
-    }
-
-    /// Boundaries, read-only.
-    pub fn accumulation(&self) -> &Accumulation {
-        &self.accumulation
-    }
-
-    /// Changes the samples per update by changing the accumulation steps.
-    ///
-    /// # Errors
-    /// [`EngineError::Usage`] where they are not a multiple of what one micro-batch of all ranks holds.
-    pub fn set_train_batch_size(&mut self, train_batch_size: u64) -> Result<(), EngineError> {
-        let micro = self.settings.micro_batch_size;
-        let world = self.group.world() as u64;
-        if train_batch_size == 0 || !train_batch_size.is_multiple_of(micro * world) {
-            return Err(EngineError::Usage(format!(
-                "a train_batch_size of {train_batch_size} is not a multiple of {} = {micro} samples per micro-batch x \
-                 {world} ranks",
-                micro * world
-            )));
-        }
-        self.settings.train_batch_size = train_batch_size;
-        self.settings.accumulation_steps = train_batch_size / (micro * world);
-        self.accumulation.set_steps(self.settings.accumulation_steps);
-        Ok(())
-    }
-
-    /// Changes the samples per rank and micro-batch; the accumulation steps stay and the samples per update follow.
-    ///
-    /// # Errors
-    /// [`EngineError::Usage`] for 0.
-    pub fn set_micro_batch_size(&mut self, micro_batch_size: u64) -> Result<(), EngineError> {
-        if micro_batch_size == 0 {
-            return Err(EngineError::Usage("a micro-batch holds at least 1 sample, got 0".to_owned()));
-        }
-        self.settings.micro_batch_size = micro_batch_size;
-        self.settings.train_batch_size =
-            micro_batch_size * self.settings.accumulation_steps * self.group.world() as u64;
-        Ok(())
-    }
-
-    /// What the engine is, in one line for the start of a run.
-    pub fn summary(&self) -> String {
-        let settings = &self.settings;
-        format!(
-            "{:.2} M parameters in {} units, {}, ZeRO stage {}, {} rank(s) over {}, batch {} = {} x {} micro-batches x \
-             {} ranks, {:.1} MiB of gradients, masters and optimizer state per rank",
-            self.layout.numel() as f64 / 1e6,
-            self.layout.units.len(),
-            settings.precision,
-            settings.stage.number(),
-            self.group.world(),
-            self.group.transport(),
-            settings.train_batch_size,
-            settings.micro_batch_size,
-            settings.accumulation_steps,
-            self.group.world(),
-            self.resident_bytes() as f64 / f64::from(1 << 20),
-        )
-    }
-
-    /// The last boundary's global L2 norm of averaged, unscaled gradients before clipping; infinite where the step
-    /// was skipped; `None` before the first.
-    pub fn norm(&self) -> Option<f64> {
-        self.norm
-    }
-
-    /// Whether the last boundary updated the weights.
-    pub fn was_applied(&self) -> bool {
-        self.applied
-    }
-
-    /// Whether a client's optimizer works on whole parameters rather than shards.
-    pub fn client_sees_whole(&self) -> bool {
-        self.policy.state == Residency::Whole
-    }
-
-    /// For a client's optimizer on shards, per unit: the addresses of gradient and master (`None` where the weights
-    /// are the masters) and the elements of a shard.
-    pub fn shard_memory(&mut self) -> Vec<(SpanMut<'_>, Option<SpanMut<'_>>)> {
-        self.shards
-            .iter_mut()
-            .map(|shard| (shard.gradient.span_mut(), shard.master.as_mut().map(|master| master.span_mut())))
-            .collect()
-    }
-
-    /// Bytes this rank keeps between steps beside the model's weights: gradient shards, masters, optimizer state.
-    pub fn resident_bytes(&self) -> usize {
-        let numel = |buffers: &UnitShard| {
-            let state: usize = buffers.state.iter().map(AlignedBuffer::len).sum();
-            buffers.gradient.len() + buffers.master.as_ref().map_or(0, AlignedBuffer::len) + state
-        };
-        self.shards.iter().map(numel).sum::<usize>() * DType::F32.size()
     }
 }
 

@@ -90,6 +90,9 @@ pub enum EngineError {
     /// A setting or a call that does not fit the others.
     #[error("{0}")]
     Usage(String),
+    /// The system refused the threads that update weights.
+    #[error("cannot start the threads that update weights: {0}; set OMP_NUM_THREADS to fewer")]
+    Threads(String),
     /// An optimizer, schedule or loss scale refused.
     #[error(transparent)]
     Optim(#[from] deepspeed_optim::OptimError),

@@ -14,10 +14,12 @@
 
 mod accumulation;
 mod checkpoint;
+mod client;
 mod decision;
 mod delivery;
 mod engine;
 mod error;
+mod facts;
 mod nonfinite;
 mod settings;
 mod update;

@@ -36,11 +36,20 @@ pub struct Settings {
     pub ignore_unused_parameters: bool,
     /// Boundaries between two step lines; `None` for silence.
     pub steps_per_print: Option<u64>,
+    /// Whether the step line tells milliseconds per step instead of shares.
+    pub wall_clock_breakdown: bool,
+    /// Whether any client optimizer may be sharded.
+    pub allow_untested_optimizer: bool,
+    /// Threads of this rank that update weights.
+    pub threads: usize,
     /// Least number of elements of a unit.
     pub unit_len: usize,
 }
 
 impl Settings {
+    /// Boundaries between two step lines where only `wall_clock_breakdown` asks for them.
+    const BREAKDOWN_INTERVAL: u64 = 10;
+
     /// Elements of a unit unless said otherwise: 16 MiB of fp32 gradients, large enough that a collective's fixed
     /// cost does not show, small enough that units of one model differ little in size.
     pub const UNIT_LEN: usize = 1 << 22;
@@ -62,17 +71,26 @@ impl Default for Settings {
             on_non_finite: OnNonFinite::Fail,
             ignore_unused_parameters: true,
             steps_per_print: None,
+            wall_clock_breakdown: false,
+            allow_untested_optimizer: false,
+            threads: 1,
             unit_len: Self::UNIT_LEN,
         }
     }
 }
 
 impl Settings {
-    /// The settings of `config` for `world` ranks; `world_origin` says where that number came from.
+    /// The settings of `config` for `world` ranks of `threads` threads; `world_origin` says where the number of ranks
+    /// came from.
     ///
     /// # Errors
     /// [`ConfigError`] where the batch numbers do not fit together or a stage is not built.
-    pub fn from_config(config: &Config, world: usize, world_origin: &str) -> Result<Self, ConfigError> {
+    pub fn from_config(
+        config: &Config,
+        world: usize,
+        world_origin: &str,
+        threads: usize,
+    ) -> Result<Self, ConfigError> {
         let batch = config.resolve_batch(world, world_origin)?;
         Ok(Self {
             stage: match config.zero.stage {
@@ -103,7 +121,12 @@ impl Settings {
                 Precision::Bf16 | Precision::Fp16 => OnNonFinite::Skip,
             },
             ignore_unused_parameters: config.zero.ignore_unused_parameters,
-            steps_per_print: config.steps_per_print,
+            steps_per_print: config
+                .steps_per_print
+                .or(config.wall_clock_breakdown.then_some(Self::BREAKDOWN_INTERVAL)),
+            wall_clock_breakdown: config.wall_clock_breakdown,
+            allow_untested_optimizer: config.zero_allow_untested_optimizer,
+            threads,
             unit_len: Self::UNIT_LEN.min(config.zero.reduce_bucket_size.max(1)),
         })
     }

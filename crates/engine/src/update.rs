@@ -17,7 +17,7 @@ impl ShardUpdate for ElementWise<'_> {
         true
     }
 
-    fn update(&mut self, run: Run, mut memory: RunMemory<'_>) {
+    fn update(&self, run: Run, mut memory: RunMemory<'_>) {
         let shard = Shard {
             param: memory.master,
             grad: (&*memory.gradient).into(),
@@ -26,21 +26,6 @@ impl ShardUpdate for ElementWise<'_> {
             out: memory.out,
         };
         deepspeed_optim::update(&self.hypers[run.group], self.step, shard);
-    }
-}
-
-/// A client's optimizer has updated the masters already: what is left is to write the model's dtype.
-pub(crate) struct AlreadyUpdated;
-
-impl ShardUpdate for AlreadyUpdated {
-    fn merges_params(&self) -> bool {
-        true
-    }
-
-    fn update(&mut self, _run: Run, memory: RunMemory<'_>) {
-        if let Some(out) = memory.out {
-            deepspeed_kernels::cast((&*memory.master).into(), out);
-        }
     }
 }
 
@@ -109,7 +94,7 @@ impl ShardUpdate for Lamb<'_> {
         false
     }
 
-    fn update(&mut self, run: Run, memory: RunMemory<'_>) {
+    fn update(&self, run: Run, memory: RunMemory<'_>) {
         let sums = self.sums[run.param.index()];
         let RunMemory { master, gradient, out, .. } = memory;
         deepspeed_optim::lamb_apply(&self.hypers[run.group], self.step, sums, master, gradient, out);

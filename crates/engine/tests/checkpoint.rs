@@ -1,5 +1,7 @@
 //! Saving and resuming through the engine: bit-exact on the same world, and on any other.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod support;
 
 use deepspeed_core::{DType, Span, SpanMut};

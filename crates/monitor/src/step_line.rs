@@ -25,6 +25,10 @@ pub struct StepLine {
     pub elapsed: Duration,
     /// Where this rank's time went since the last line.
     pub times: PhaseTimes,
+    /// Tell milliseconds per step instead of shares of the time.
+    pub breakdown: bool,
+    /// Boundaries since the last line.
+    pub steps: u64,
 }
 
 impl fmt::Display for StepLine {
@@ -45,16 +49,15 @@ impl fmt::Display for StepLine {
         }
         let seconds = self.elapsed.as_secs_f64();
         if seconds > 0.0 {
-            let share = |phase| 100.0 * self.times.get(phase).as_secs_f64() / seconds;
-            write!(
-                f,
-                " | {:.1} samples/s | forward {:.0}% backward {:.0}% reduce {:.0}% update {:.0}%",
-                self.samples as f64 / seconds,
-                share(Phase::Forward),
-                share(Phase::Backward),
-                share(Phase::Reduce),
-                share(Phase::Update),
-            )?;
+            write!(f, " | {:.1} samples/s |", self.samples as f64 / seconds)?;
+            for phase in Phase::ALL {
+                let spent = self.times.get(phase).as_secs_f64();
+                if self.breakdown {
+                    write!(f, " {phase} {:.2} ms", 1e3 * spent / self.steps.max(1) as f64)?;
+                } else {
+                    write!(f, " {phase} {:.0}%", 100.0 * spent / seconds)?;
+                }
+            }
         }
         Ok(())
     }
@@ -79,10 +82,16 @@ mod tests {
             samples: 80,
             elapsed: Duration::from_secs(1),
             times,
+            breakdown: false,
+            steps: 10,
         };
         assert_eq!(
             line.to_string(),
             "step 10 | loss 2.5000 | lr 3.000e-4 | 80.0 samples/s | forward 25% backward 0% reduce 0% update 10%"
+        );
+        let line = StepLine { breakdown: true, ..line };
+        assert!(
+            line.to_string().ends_with("| forward 25.00 ms backward 0.00 ms reduce 0.00 ms update 10.00 ms")
         );
     }
 }

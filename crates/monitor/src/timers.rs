@@ -1,6 +1,9 @@
 //! Where a step's time goes.
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
 
 /// A part of the training step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +16,22 @@ pub enum Phase {
     Reduce,
     /// Norm vote, optimizer update and publication of weights.
     Update,
+}
+
+impl Phase {
+    /// All of them, in the order of a step.
+    pub const ALL: [Self; 4] = [Self::Forward, Self::Backward, Self::Reduce, Self::Update];
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+            Self::Reduce => "reduce",
+            Self::Update => "update",
+        })
+    }
 }
 
 /// Time spent per phase since the last report.

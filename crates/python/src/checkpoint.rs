@@ -67,9 +67,17 @@ impl RawTensor {
                     exclude_frozen, buffers, blobs, face))]
 #[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
 fn save_checkpoint(
-    py: Python<'_>, mut engine: PyRefMut<'_, PyEngine>, save_dir: PathBuf, tag: String,
-    fail_on_different_tags: bool, save_latest: bool, param_groups: Vec<Bound<'_, PyMapping>>,
-    frozen: &Bound<'_, PyDict>, exclude_frozen: bool, buffers: &Bound<'_, PyDict>, blobs: Vec<(String, Vec<u8>)>,
+    py: Python<'_>,
+    mut engine: PyRefMut<'_, PyEngine>,
+    save_dir: PathBuf,
+    tag: String,
+    fail_on_different_tags: bool,
+    save_latest: bool,
+    param_groups: Vec<Bound<'_, PyMapping>>,
+    frozen: &Bound<'_, PyDict>,
+    exclude_frozen: bool,
+    buffers: &Bound<'_, PyDict>,
+    blobs: Vec<(String, Vec<u8>)>,
     face: &str,
 ) -> PyResult<(String, bool, PathBuf)> {
     let hypers = hypers(engine.kind(), &param_groups)?;
@@ -87,10 +95,15 @@ fn save_checkpoint(
         let weights: Vec<Span<'_>> = weights.iter().map(span).collect();
         let frozen: Vec<Frozen<'_>> = frozen
             .iter()
-            .map(|(name, shape, tensor)| Frozen { name: name.clone(), shape: shape.clone(), data: span(tensor) })
+            .map(|(name, shape, tensor)| Frozen {
+                name: name.clone(),
+                shape: shape.clone(),
+                data: span(tensor),
+            })
             .collect();
         // SAFETY: as above.
-        let tensors: Vec<TensorSource<'_>> = buffers.iter().map(|tensor| unsafe { tensor.source() }).collect();
+        let tensors: Vec<TensorSource<'_>> =
+            buffers.iter().map(|tensor| unsafe { tensor.source() }).collect();
         let rule = if fail_on_different_tags { TagRule::Fail } else { TagRule::FirstRank };
         let saved = engine.save_checkpoint(&SaveRequest {
             dir: &save_dir,
@@ -143,7 +156,9 @@ impl PyLoadedCheckpoint {
 
     /// This rank's blob, or rank 0's where fewer ranks saved.
     fn blob<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let read = |rank| self.checkpoint.blob(rank, name).map_err(|error| CheckpointError::new_err(error.to_string()));
+        let read = |rank| {
+            self.checkpoint.blob(rank, name).map_err(|error| CheckpointError::new_err(error.to_string()))
+        };
         let bytes = match read(self.rank)? {
             None if self.rank.index() >= self.checkpoint.manifest().world => read(Rank(0))?,
             found => found,
@@ -156,7 +171,8 @@ impl PyLoadedCheckpoint {
         if !self.checkpoint.tensors().any(|tensor| tensor.name == name) {
             return Ok(None);
         }
-        let bytes = self.checkpoint.tensor(name).map_err(|error| CheckpointError::new_err(error.to_string()))?;
+        let bytes =
+            self.checkpoint.tensor(name).map_err(|error| CheckpointError::new_err(error.to_string()))?;
         Ok(Some(PyBytes::new(py, &bytes)))
     }
 }
@@ -166,8 +182,15 @@ impl PyLoadedCheckpoint {
 #[pyo3(signature = (engine, *, load_dir, tag, module_only, optimizer_states, strict, param_groups, frozen))]
 #[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
 fn load_checkpoint(
-    py: Python<'_>, mut engine: PyRefMut<'_, PyEngine>, load_dir: PathBuf, tag: Option<String>, module_only: bool,
-    optimizer_states: bool, strict: bool, param_groups: Vec<Bound<'_, PyMapping>>, frozen: &Bound<'_, PyDict>,
+    py: Python<'_>,
+    mut engine: PyRefMut<'_, PyEngine>,
+    load_dir: PathBuf,
+    tag: Option<String>,
+    module_only: bool,
+    optimizer_states: bool,
+    strict: bool,
+    param_groups: Vec<Bound<'_, PyMapping>>,
+    frozen: &Bound<'_, PyDict>,
 ) -> PyResult<Option<PyLoadedCheckpoint>> {
     let hypers = hypers(engine.kind(), &param_groups)?;
     let weights = engine.weights(py)?;

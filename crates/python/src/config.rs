@@ -79,7 +79,8 @@ impl PyConfig {
             None => format!("torch.optim:{}", optimizer.kind),
         };
         let params = if class.starts_with("deepspeed") {
-            let hyper = Hyper::from_config(&optimizer.kind, &optimizer.params).map_err(IntoPyErr::into_py_err)?;
+            let hyper =
+                Hyper::from_config(&optimizer.kind, &optimizer.params).map_err(IntoPyErr::into_py_err)?;
             hyper.to_map()
         } else {
             optimizer.params.clone()
@@ -100,7 +101,10 @@ impl PyConfig {
     /// The settings that differ from their defaults, a line each.
     fn differences(&self) -> String {
         let lines = self.config.differences_from_default().iter();
-        lines.map(|it| format!("{} = {} (default {})", it.path, it.value, it.default)).collect::<Vec<_>>().join("\n")
+        lines
+            .map(|it| format!("{} = {} (default {})", it.path, it.value, it.default))
+            .collect::<Vec<_>>()
+            .join("\n")
     }
 
     /// The settings under the attribute names of DeepSpeedConfig.

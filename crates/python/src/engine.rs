@@ -50,20 +50,29 @@ impl From<StepReport> for PyStepReport {
 #[pymethods]
 impl PyEngine {
     /// An engine for `tensors` (torch parameters as they are before they are cast to `dtypes`), named `names`, in the
-    /// optimizer's parameter groups `groups`. `optimizer` is the kind of an optimizer of ours; with None and
-    /// `has_optimizer`, the client's own steps.
+    /// optimizer's parameter groups `groups`. `optimizer` is the kind of an optimizer of ours, `client` the class of one
+    /// that is not.
     #[new]
-    #[pyo3(signature = (*, config, names, tensors, dtypes, groups, optimizer, has_optimizer, param_groups, group))]
+    #[pyo3(signature = (*, config, names, tensors, dtypes, groups, optimizer, client, param_groups, group,
+                        threads))]
     #[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
     fn new(
-        py: Python<'_>, config: &PyConfig, names: Vec<String>, tensors: Vec<Bound<'_, PyAny>>,
-        dtypes: Vec<Bound<'_, PyAny>>, groups: Vec<usize>, optimizer: Option<String>, has_optimizer: bool,
-        param_groups: Vec<Bound<'_, PyMapping>>, group: &PyGroup,
+        py: Python<'_>,
+        config: &PyConfig,
+        names: Vec<String>,
+        tensors: Vec<Bound<'_, PyAny>>,
+        dtypes: Vec<Bound<'_, PyAny>>,
+        groups: Vec<usize>,
+        optimizer: Option<String>,
+        client: Option<String>,
+        param_groups: Vec<Bound<'_, PyMapping>>,
+        group: &PyGroup,
+        threads: usize,
     ) -> PyResult<Self> {
         let world = group.inner().world();
         let origin = format!("{world} rank{} in the process group", if world == 1 { "" } else { "s" });
         let settings =
-            Settings::from_config(&config.config, world, &origin).map_err(IntoPyErr::into_py_err)?;
+            Settings::from_config(&config.config, world, &origin, threads).map_err(IntoPyErr::into_py_err)?;
         let scaler = loss_scaler(&config.config).map_err(IntoPyErr::into_py_err)?;
         let mut specs = Vec::with_capacity(names.len());
         let mut arguments = Vec::with_capacity(names.len());
@@ -77,10 +86,10 @@ impl PyEngine {
             specs.push(ParamSpec { name: name.clone(), shape, dtype, group });
             arguments.push(TensorArg::read(tensor, name)?);
         }
-        let choice = match (&optimizer, has_optimizer) {
+        let choice = match (&optimizer, client) {
             (Some(kind), _) => OptimizerChoice::Native(kind_of(kind)?),
-            (None, true) => OptimizerChoice::Client,
-            (None, false) => OptimizerChoice::Absent,
+            (None, Some(class)) => OptimizerChoice::Client { class },
+            (None, None) => OptimizerChoice::Absent,
         };
         let hypers = hypers(optimizer.as_deref(), &param_groups)?;
         let group = group.inner().clone();
@@ -147,7 +156,8 @@ impl PyEngine {
         let report = enter(py, || {
             // SAFETY: `self` holds the parameters, torch leaves them alone during this call, and tied ones are in the
             // list once, so no two spans overlap.
-            let mut spans: Vec<SpanMut<'_>> = weights.iter().map(|tensor| unsafe { tensor.span_mut() }).collect();
+            let mut spans: Vec<SpanMut<'_>> =
+                weights.iter().map(|tensor| unsafe { tensor.span_mut() }).collect();
             engine.step(&hypers, &mut spans)
         })?;
         Ok(report.into())
@@ -178,7 +188,8 @@ impl PyEngine {
         let engine = &mut self.engine;
         enter(py, || {
             // SAFETY: the caller holds the outputs for the length of this call; they are distinct new tensors.
-            let mut spans: Vec<SpanMut<'_>> = arguments.iter().map(|tensor| unsafe { tensor.span_mut() }).collect();
+            let mut spans: Vec<SpanMut<'_>> =
+                arguments.iter().map(|tensor| unsafe { tensor.span_mut() }).collect();
             engine.gather_gradients(grad_scale, &mut spans)
         })
     }
@@ -197,7 +208,8 @@ impl PyEngine {
         let engine = &mut self.engine;
         enter(py, || {
             // SAFETY: as in `step`.
-            let mut spans: Vec<SpanMut<'_>> = weights.iter().map(|tensor| unsafe { tensor.span_mut() }).collect();
+            let mut spans: Vec<SpanMut<'_>> =
+                weights.iter().map(|tensor| unsafe { tensor.span_mut() }).collect();
             engine.publish_client(&mut spans)
         })
     }
@@ -303,7 +315,9 @@ impl PyEngine {
     /// Fixes the loss scale.
     fn override_loss_scale(&mut self, loss_scale: f64) -> PyResult<()> {
         if !(loss_scale > 0.0 && loss_scale.is_finite()) {
-            return Err(PyValueError::new_err(format!("a loss scale of {loss_scale}: it must be above 0 and finite")));
+            return Err(PyValueError::new_err(format!(
+                "a loss scale of {loss_scale}: it must be above 0 and finite"
+            )));
         }
         *self.engine.scaler_mut() = LossScaler::fixed(loss_scale);
         Ok(())
@@ -323,6 +337,17 @@ impl PyEngine {
     /// Changes the samples per rank and micro-batch; the samples per update follow.
     fn set_micro_batch_size(&mut self, micro_batch_size: u64) -> PyResult<()> {
         self.engine.set_micro_batch_size(micro_batch_size).map_err(IntoPyErr::into_py_err)
+    }
+
+    /// Counters and loss scale, as JSON.
+    fn state_json(&self) -> String {
+        self.engine.state().to_string()
+    }
+
+    /// Takes back what `state_json` gave.
+    fn load_state_json(&mut self, state: &str) -> PyResult<()> {
+        let state = serde_json::from_str(state).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        self.engine.load_state(&state).map_err(IntoPyErr::into_py_err)
     }
 
     /// What the engine is, in one line.
@@ -366,12 +391,14 @@ impl PyEngine {
         }
         let factor = self.engine.missing_factor(scaled, averaged);
         let engine = &mut self.engine;
-        let arguments: Vec<Option<TensorArg>> = tensors.iter().map(|it| it.as_ref().map(|(_, arg)| *arg)).collect();
+        let arguments: Vec<Option<TensorArg>> =
+            tensors.iter().map(|it| it.as_ref().map(|(_, arg)| *arg)).collect();
         enter(py, || {
             // SAFETY: `tensors` holds the gradients until this call is over, and nobody writes to them: the backward
             // pass that made them is over.
             let span = |tensor: &TensorArg| unsafe { tensor.span() };
-            let spans: Vec<Option<Span<'_>>> = arguments.iter().map(|tensor| tensor.as_ref().map(span)).collect();
+            let spans: Vec<Option<Span<'_>>> =
+                arguments.iter().map(|tensor| tensor.as_ref().map(span)).collect();
             engine.end_backward(&spans, factor)
         })?;
         for (parameter, tensor) in self.parameters.iter().zip(&tensors) {

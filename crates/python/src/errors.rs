@@ -60,7 +60,9 @@ impl IntoPyErr for EngineError {
             Self::Comm(error) => error.into_py_err(),
             Self::Checkpoint { .. } => CheckpointError::new_err(self.to_string()),
             Self::NonFinite { .. } => NonFiniteGradientError::new_err(self.to_string()),
-            Self::Length { .. } | Self::Count { .. } | Self::Layout(_) => PyValueError::new_err(self.to_string()),
+            Self::Length { .. } | Self::Count { .. } | Self::Layout(_) => {
+                PyValueError::new_err(self.to_string())
+            }
             Self::WeightDType { .. } => PyTypeError::new_err(self.to_string()),
             _ => DeepSpeedError::new_err(self.to_string()),
         }

@@ -107,7 +107,10 @@ impl PyGroup {
 
     /// Every rank's bytes, in rank order.
     fn all_gather_bytes<'py>(
-        &self, py: Python<'py>, what: &str, mine: &[u8],
+        &self,
+        py: Python<'py>,
+        what: &str,
+        mine: &[u8],
     ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
         let all = enter(py, || self.inner.all_gather_bytes(what, mine))?;
         Ok(all.iter().map(|bytes| PyBytes::new(py, bytes)).collect())
@@ -130,7 +133,13 @@ impl PyGroup {
 }
 
 impl PyGroup {
-    fn broadcast_tensor(&self, py: Python<'_>, name: &str, tensor: &Bound<'_, PyAny>, root: u32) -> PyResult<()> {
+    fn broadcast_tensor(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        tensor: &Bound<'_, PyAny>,
+        root: u32,
+    ) -> PyResult<()> {
         let ptr: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
         let bytes: usize = tensor.getattr(intern!(py, "nbytes"))?.extract()?;
         let what = format!("the first value of {name}");
@@ -158,7 +167,8 @@ impl PyGroup {
 fn host_identity() -> PyResult<String> {
     let read = |path: &str| std::fs::read_to_string(path).map(|text| text.trim().to_owned());
     let link = |path: &str| std::fs::read_link(path).map(|target| target.display().to_string());
-    let parts = [read("/proc/sys/kernel/random/boot_id"), link("/proc/self/ns/pid"), link("/proc/self/ns/user")];
+    let parts =
+        [read("/proc/sys/kernel/random/boot_id"), link("/proc/self/ns/pid"), link("/proc/self/ns/user")];
     Ok(parts.into_iter().collect::<Result<Vec<_>, _>>()?.join(" "))
 }
 

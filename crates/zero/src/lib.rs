@@ -25,6 +25,6 @@ mod unit_shard;
 
 pub use accumulator::LocalAccumulator;
 pub use policy::{Policy, ReduceAt, Residency, Stage};
-pub use publish::{Run, RunMemory, ShardUpdate, gather_gradients, publish, unit_name};
+pub use publish::{AlreadyUpdated, Run, RunMemory, ShardUpdate, gather_gradients, publish, unit_name};
 pub use reduce::{Exchange, reduce_unit};
 pub use unit_shard::UnitShard;

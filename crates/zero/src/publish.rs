@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use deepspeed_comm::{CommError, Group, PiecesMut};
 use deepspeed_core::{DType, Layout, ParamId, Rank, SpanMut, Unit, UnitId};
+use deepspeed_kernels::parallel::Workers;
 
 use crate::UnitShard;
 
@@ -36,14 +37,14 @@ pub struct RunMemory<'a> {
     pub out: Option<SpanMut<'a>>,
 }
 
-/// The optimizer as sharding sees it: something that updates runs.
-pub trait ShardUpdate {
+/// The optimizer as sharding sees it: something that updates runs, on any thread.
+pub trait ShardUpdate: Sync {
     /// Whether neighbouring parameters of one group may be updated as one run. False for an optimizer that needs to
     /// know where parameters begin.
     fn merges_params(&self) -> bool;
 
     /// Updates `memory.master` and writes the result to `memory.out` too.
-    fn update(&mut self, run: Run, memory: RunMemory<'_>);
+    fn update(&self, run: Run, memory: RunMemory<'_>);
 }
 
 /// The runs of `rank`'s shard of `unit`, in order.
@@ -55,7 +56,7 @@ fn runs(layout: &Layout, unit: &Unit, rank: Rank, merge: bool) -> Vec<Run> {
         let start = fragment.unit_offset - shard.start;
         match runs.last_mut() {
             Some(last) if merge && last.group == group && last.start + last.len == start => {
-                last.len += fragment.len
+                last.len += fragment.len;
             }
             _ => runs.push(Run { unit: unit.id, param: fragment.param, group, start, len: fragment.len }),
         }
@@ -102,6 +103,9 @@ impl<'a> UnitWeights<'a> {
 
 /// Updates the caller's shard of every unit and fills everybody's `weights` (by parameter id) with the result.
 ///
+/// With one worker, update and exchange are one pass over memory. With more, and in a world of one, the workers update
+/// the shard first, and what is exchanged is its cast.
+///
 /// # Errors
 /// [`CommError`], as [`Group::all_gather`].
 pub fn publish(
@@ -109,7 +113,8 @@ pub fn publish(
     layout: &Layout,
     shards: &mut [UnitShard],
     weights: &mut [SpanMut<'_>],
-    update: &mut dyn ShardUpdate,
+    update: &dyn ShardUpdate,
+    workers: &Workers,
 ) -> Result<(), CommError> {
     for unit in &layout.units {
         let shard = &mut shards[unit.id.index()];
@@ -117,12 +122,16 @@ pub fn publish(
         let mut parts = UnitWeights::split(unit, &own_range, weights);
         let in_place = shard.master.is_none();
         let runs = runs(layout, unit, group.rank(), !in_place && update.merges_params());
-        if group.world() == 1 {
-            for (run, (_, out)) in by_param(&runs, &mut parts.own) {
-                update_part(run, run.start..run.start + run.len, shard, out, None, update);
+        let alone = group.world() == 1;
+        if alone || workers.threads() > 1 {
+            for (run, own) in by_param(&runs, &mut parts.own) {
+                update_run(run, shard, own, update, workers);
             }
+        }
+        if alone {
             continue;
         }
+        let updated = workers.threads() > 1;
         let mut output = PiecesMut { len: unit.len(), runs: parts.others };
         let mut own = parts.own;
         if !in_place {
@@ -139,7 +148,7 @@ pub fn publish(
                 }
                 let out = slot.slice_mut(part.start - range.start, part.len());
                 let own = own.get_mut(index).map(|(_, span)| span);
-                update_part(*run, part, shard, own, Some(out), update);
+                update_part(*run, part, shard, own, out, if updated { &AlreadyUpdated } else { update });
             }
         };
         let what = unit_name(layout, unit);
@@ -148,44 +157,77 @@ pub fn publish(
     Ok(())
 }
 
-/// Pairs each run with the weights it covers. In a world of one the shard is the unit, so every run is backed by
-/// whole parameters; a merged run is backed by several, hence the split back into one run per parameter.
+/// One run per stretch of the caller's own weights: a run of several parameters is cut where they end.
 fn by_param<'r, 'a>(
     runs: &'r [Run],
     own: &'r mut [(usize, SpanMut<'a>)],
-) -> impl Iterator<Item = (Run, (usize, Option<&'r mut SpanMut<'a>>))> {
+) -> impl Iterator<Item = (Run, &'r mut SpanMut<'a>)> {
     own.iter_mut().map(move |(start, span)| {
         let at = runs.partition_point(|run| run.start + run.len <= *start);
-        let run = Run { start: *start, len: span.len(), ..runs[at] };
-        (run, (*start, Some(span)))
+        (Run { start: *start, len: span.len(), ..runs[at] }, span)
     })
 }
 
-/// Updates the elements `part` of a shard. Where the masters are the weights, `own` is their memory; else `own`, if
-/// given, and `out` are where the new weights go.
+/// Updates one run on all workers; `own` is the memory of its weights.
+fn update_run(
+    run: Run,
+    shard: &mut UnitShard,
+    own: &mut SpanMut<'_>,
+    update: &dyn ShardUpdate,
+    workers: &Workers,
+) {
+    let part = run.start..run.start + run.len;
+    let gradient = &mut shard.gradient.as_f32_mut()[part.clone()];
+    let state: Vec<&mut [f32]> =
+        shard.state.iter_mut().map(|tensor| &mut tensor.as_f32_mut()[part.clone()]).collect();
+    let (master, out) = match &mut shard.master {
+        Some(master) => (&mut master.as_f32_mut()[part], Some(own.slice_mut(0, run.len))),
+        None => (own.as_f32_mut().expect("invariant: masters in place are fp32"), None),
+    };
+    workers.map_chunks((master, gradient, state, out), |(master, gradient, state, out)| {
+        update.update(run, RunMemory { master, gradient, state, out });
+    });
+}
+
+/// Updates the elements `part` of a shard and writes the new weights to `out`. `own` is the memory of the run's
+/// weights where those are the masters.
 fn update_part(
     run: Run,
     part: Range<usize>,
     shard: &mut UnitShard,
     own: Option<&mut SpanMut<'_>>,
-    out: Option<SpanMut<'_>>,
-    update: &mut dyn ShardUpdate,
+    out: SpanMut<'_>,
+    update: &dyn ShardUpdate,
 ) {
     let gradient = &mut shard.gradient.as_f32_mut()[part.clone()];
     let state = shard.state.iter_mut().map(|tensor| &mut tensor.as_f32_mut()[part.clone()]).collect();
-    let in_run = part.start - run.start;
-    let whole_run = Run { start: part.start, len: part.len(), ..run };
+    let out = Some(out);
     match &mut shard.master {
         Some(master) => {
-            let master = &mut master.as_f32_mut()[part.clone()];
-            let out = out.or_else(|| own.map(|span| span.slice_mut(in_run, part.len())));
-            update.update(whole_run, RunMemory { master, gradient, state, out });
+            let master = &mut master.as_f32_mut()[part];
+            update.update(run, RunMemory { master, gradient, state, out });
         }
         None => {
             let weights = own.expect("invariant: weights that serve as masters are at hand");
-            let mut weights = weights.slice_mut(in_run, part.len());
+            let mut weights = weights.slice_mut(part.start - run.start, part.len());
             let master = weights.as_f32_mut().expect("invariant: masters in place are fp32");
-            update.update(whole_run, RunMemory { master, gradient, state, out });
+            update.update(run, RunMemory { master, gradient, state, out });
+        }
+    }
+}
+
+/// The masters are up to date already, as after a client's optimizer: what is left is to write the model's dtype.
+#[derive(Clone, Copy, Debug)]
+pub struct AlreadyUpdated;
+
+impl ShardUpdate for AlreadyUpdated {
+    fn merges_params(&self) -> bool {
+        true
+    }
+
+    fn update(&self, _run: Run, memory: RunMemory<'_>) {
+        if let Some(out) = memory.out {
+            deepspeed_kernels::cast((&*memory.master).into(), out);
         }
     }
 }

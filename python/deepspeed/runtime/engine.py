@@ -20,8 +20,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
 from deepspeed.runtime.optimizer_setup import build_optimizer, build_scheduler
-from deepspeed.runtime.parameters import TrainedParameters, cast_floating, grad_tensors
-from deepspeed.runtime.zero_optimizer import DeepSpeedZeroOptimizer
+from deepspeed.runtime.parameters import TrainedParameters, cast_buffers, cast_floating, grad_tensors
+from deepspeed.runtime.zero_optimizer import DeepSpeedZeroOptimizer, Destroyed
 from deepspeed.utils.logging import log_dist, logger
 
 # Attributes of the engine itself, which never fall through to the module.
@@ -69,6 +69,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         self._collect_queued = False
         self._in_backward = False
         self._loss_scaled = False
+        self._without_sync = False
 
         self._group = process_group.native_group()
         native_config = self._config.native
@@ -84,13 +85,15 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
             dtypes=[native_config.compute_dtype(p.dtype) for p in self._trained.tensors],
             groups=self._trained.groups,
             optimizer=getattr(self.basic_optimizer, "ds_kind", None),
-            has_optimizer=self.basic_optimizer is not None,
+            client=_class_name(self.basic_optimizer),
             param_groups=self._group_options(),
             group=self._group,
+            threads=torch.get_num_threads(),
         )
         # The optimizer is wrapped before the cast: the masters of a client's optimizer keep the original precision.
         self.optimizer = self._wrap_optimizer()
         cast_floating(model, native_config.compute_dtype)
+        cast_buffers(model, self._config.buffer_dtype)
         self.lr_scheduler = build_scheduler(lr_scheduler, self.basic_optimizer, native_config)
         if training_data is not None:
             self.training_dataloader = self.deepspeed_io(training_data)
@@ -210,6 +213,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Ends the micro-batch; at an accumulation boundary updates the weights and the learning rate."""
+        assert not self._without_sync, "step() inside no_sync(): gradients are not reduced there; step after it"
         if self.optimizer is None:
             report = self._native.step_without_optimizer()
         else:
@@ -241,10 +245,13 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
             f"no_sync() is not possible at ZeRO stage {self.zero_optimization_stage()}: the stage reduces gradients "
             "after every backward; use gradient_accumulation_steps, or stage 0 or 1"
         )
+        assert not self._without_sync, "no_sync() inside no_sync()"
         self._native.suspend(True)
+        self._without_sync = True
         try:
             yield
         finally:
+            self._without_sync = False
             self._native.suspend(False)
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -356,8 +363,11 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         return self
 
     def destroy(self) -> None:
-        """Leaves the process group; the engine is of no use afterwards, the module is."""
-        self._native.destroy()
+        """Frees the engine's memory and its shared memory; the engine is of no use afterwards, the module is."""
+        if self.optimizer is not None:
+            self.optimizer.destroy()
+        self._native = Destroyed()
+        self._group = None
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -369,3 +379,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
             except AttributeError:
                 pass
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+
+def _class_name(optimizer: Any) -> str | None:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" if optimizer is not None else None

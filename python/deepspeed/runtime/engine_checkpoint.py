@@ -189,7 +189,7 @@ class CheckpointMethods:
         if optimizer and self.basic_optimizer is not None:
             if "optimizer" in state:
                 self.basic_optimizer.load_state_dict(state["optimizer"])
-            for group, saved in zip(self.basic_optimizer.param_groups, state["param_groups"]):
+            for group, saved in zip(self.basic_optimizer.param_groups, state["param_groups"], strict=True):
                 group.update(saved)
         if scheduler and self.lr_scheduler is not None and "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])

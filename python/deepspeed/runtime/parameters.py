@@ -55,7 +55,7 @@ class TrainedParameters:
         self.names = [name for name, _, _ in chosen]
         self.tensors = [p for _, p, _ in chosen]
         self.groups = [group for _, _, group in chosen]
-        for name, parameter in zip(self.names, self.tensors):
+        for name, parameter in zip(self.names, self.tensors, strict=True):
             if not parameter.is_contiguous():
                 logger.info("parameter %s is made contiguous", name)
                 parameter.data = parameter.data.contiguous()
@@ -99,3 +99,11 @@ def cast_floating(value: Any, dtype_for: Callable[[torch.dtype], torch.dtype]) -
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(cast_floating(item, dtype_for) for item in value)
     return value
+
+
+def cast_buffers(module: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    """Floating-point buffers in `dtype`, in place; with None they stay as they are."""
+    if dtype is not None:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(dtype)

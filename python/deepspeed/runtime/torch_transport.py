@@ -45,4 +45,6 @@ class TorchTransport:
 
 
 def _bytes(address: int, length: int) -> torch.Tensor:
+    if length == 0:  # torch.frombuffer refuses it, and a parameter may have no elements
+        return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer((ctypes.c_uint8 * length).from_address(address), dtype=torch.uint8)

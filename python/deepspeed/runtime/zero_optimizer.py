@@ -119,6 +119,18 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
             group.update(saved)
         self._native.load_state_json(state_dict["engine"])
 
+    def destroy(self) -> None:
+        """Lets go of the engine's memory."""
+        self._native = Destroyed()
+        self._client = None
+
+
+class Destroyed:
+    """What stands in the native engine's place after `engine.destroy()`."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"this engine was destroyed: {name} has nothing to work on; call deepspeed.initialize again")
+
 
 class _ClientStep:
     """Runs a torch optimizer on the masters: on whole parameters at stage 0, on this rank's shards above."""
@@ -137,7 +149,7 @@ class _ClientStep:
             in_place = [dtype_for(p.dtype) == torch.float32 for p in trained.tensors]
             self._pairs = [
                 (p, p if same else torch.nn.Parameter(p.detach().float()))
-                for p, same in zip(trained.tensors, in_place)
+                for p, same in zip(trained.tensors, in_place, strict=True)
             ]
             replaced = {id(p): [master] for p, master in self._pairs}
         else:
@@ -145,9 +157,9 @@ class _ClientStep:
             self._shards: list[tuple[torch.Tensor, torch.Tensor]] = []
             for index, offset, length, gradient, master in native.client_shards():
                 p = trained.tensors[index]
-                weights = p.data.view(-1)[offset : offset + length] if master is None else _floats(master, length)
+                weights = p.data.view(-1)[offset : offset + length] if master is None else _floats(master, length, native)
                 tensor = torch.nn.Parameter(weights)
-                self._shards.append((tensor, _floats(gradient, length)))
+                self._shards.append((tensor, _floats(gradient, length, native)))
                 replaced[id(p)].append(tensor)
         for group in optimizer.param_groups:
             group["params"] = [tensor for p in group["params"] for tensor in replaced.get(id(p), [p])]
@@ -178,6 +190,8 @@ class _ClientStep:
         self._native.publish_client()
 
 
-def _floats(address: int, length: int) -> torch.Tensor:
-    """fp32 memory of the native engine, which outlives this optimizer, as a tensor."""
-    return torch.frombuffer((ctypes.c_float * length).from_address(address), dtype=torch.float32)
+def _floats(address: int, length: int, owner: _native.Engine) -> torch.Tensor:
+    """fp32 memory of `owner`, which lives as long as the tensor."""
+    memory = (ctypes.c_float * length).from_address(address)
+    memory.owner = owner
+    return torch.frombuffer(memory, dtype=torch.float32)

@@ -1,5 +1,5 @@
 //! A model whose gradients are known in closed form, trained by ranks that are threads.
-#![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test file uses a part")]
 
 use std::{sync::Arc, thread};
 
