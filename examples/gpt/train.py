@@ -37,11 +37,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1813)
-    parser.add_argument("--report_interval", type=int, default=25, help="steps between two lines of output")
+    parser.add_argument("--report_interval", type=int, default=20, help="steps between two lines of output")
     parser.add_argument(
-        "--validate_interval", type=int, default=150, help="steps between two looks at the validation text"
+        "--validate_interval", type=int, default=120, help="steps between two looks at the validation text"
     )
-    parser.add_argument("--save_interval", type=int, default=150, help="steps between two checkpoints; 0 saves none")
+    parser.add_argument("--save_interval", type=int, default=120, help="steps between two checkpoints; 0 saves none")
     parser.add_argument("--sample_bytes", type=int, default=400)
     parser.add_argument(
         "--progress",

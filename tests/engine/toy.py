@@ -92,6 +92,7 @@ def config(stage: int = 0, precision: str = "fp32", accumulation: int = 1, **mor
         "gradient_accumulation_steps": accumulation,
         "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "weight_decay": 0.01}},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 700},
+        "gradient_clipping": 0.0,
     }
     if precision == "bf16":
         out["bf16"] = {"enabled": True}

@@ -41,7 +41,7 @@ def run(
             # The original builds its operators with the ninja of its own environment.
             "PATH": os.path.dirname(python) + os.pathsep + os.environ.get("PATH", ""),
         }
-        command = [python, os.path.join(HERE, "worker.py"), "--out", folder] + (["--only", only] if only else [])
+        command = [python, os.path.join(HERE, "worker.py"), "--out", folder] + ([f"--only={only}"] if only else [])
         command += ["--backend", backend] if backend else []
         ranks = [
             subprocess.Popen(

@@ -77,13 +77,17 @@ fn run(group: &SharedMemory) {
     let bytes = len * 4;
     let (mut data, mut other) = (vec![1.0f32; len], vec![0.0f32; len]);
     if group.rank().0 == 0 {
-        println!("{world} processes, {} MiB, ring {} KiB", bytes >> 20, number("BENCH_RING", 1 << 20) >> 10);
+        println!(
+            "{world} processes, {} MiB, ring {} KiB",
+            bytes >> 20,
+            number("BENCH_RING", Options::default().ring_bytes) >> 10
+        );
     }
     measure(group, "copy", bytes, || black_box(&mut other).copy_from_slice(black_box(&data)));
-    for cached in [1 << 13, 1 << 16, len / 2] {
-        let inputs = [Span::from(&data[..cached]), Span::from(&data[len - cached..])];
-        measure(group, &format!("reduce_ranks of 2 x {cached}"), cached * 8, || {
-            for start in (0..cached).step_by(4096) {
+    for part in [1 << 16, len / 2] {
+        let inputs = [Span::from(&data[..part]), Span::from(&data[len - part..])];
+        measure(group, &format!("reduce_ranks of 2 x {part}"), part * 8, || {
+            for start in (0..part).step_by(4096) {
                 let block = inputs.map(|input| input.slice(start, 4096));
                 black_box(deepspeed_kernels::reduce_ranks(
                     &block,

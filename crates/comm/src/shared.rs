@@ -77,6 +77,8 @@ const _: () = assert!(AHEAD <= SLOTS && 2 * REDUCE_AHEAD < SLOTS);
 pub struct SharedMemory {
     segment: Segment,
     me: usize,
+    /// The process that joined, which a fork of it is not.
+    pid: u32,
     transport: &'static str,
     state: Mutex<State>,
     /// Held while the activity is replaced, which has one writer at a time.
@@ -126,6 +128,7 @@ impl SharedMemory {
         Ok(Self {
             segment: segment.clone(),
             me,
+            pid: std::process::id(),
             transport: if segment.handle().is_some() { "shared memory" } else { "threads" },
             state: Mutex::new(State {
                 seq: 0,
@@ -213,6 +216,9 @@ impl Drop for PoisonOnPanic<'_> {
 
 impl Drop for SharedMemory {
     fn drop(&mut self) {
+        if self.pid != std::process::id() {
+            return;
+        }
         let control = self.segment.control(self.me);
         control.member.0.leave(std::thread::panicking());
         wait::wake(&control.published.0);

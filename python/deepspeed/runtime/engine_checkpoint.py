@@ -63,7 +63,7 @@ class CheckpointMethods:
             param_groups=self._group_options(),
             frozen=self._frozen(),
             exclude_frozen=exclude_frozen_parameters,
-            buffers=self._buffers(),
+            buffers=self._saved_buffers(),
             blobs=[("client_state", _pack(dict(state or {}))), ("python", _pack(self._python_state()))],
             face=json.dumps({"module": type(self.module).__name__}),
         )
@@ -157,13 +157,13 @@ class CheckpointMethods:
         trained = set(self._trained.names)
         return {name: p.data for name, p in self.module.named_parameters() if name not in trained}
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
+    def _saved_buffers(self) -> dict[str, torch.Tensor]:
         saved = self.module.state_dict(keep_vars=True)
         return {name: b.contiguous() for name, b in self.module.named_buffers() if name in saved}
 
     def _load_buffers(self, loaded: Any, strict: bool) -> None:
         for name, buffer in self.module.named_buffers():
-            if name not in self._buffers():
+            if name not in self._saved_buffers():
                 continue
             data = loaded.buffer(name)
             if data is None:

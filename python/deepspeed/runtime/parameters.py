@@ -102,8 +102,13 @@ def cast_floating(value: Any, dtype_for: Callable[[torch.dtype], torch.dtype]) -
 
 
 def cast_buffers(module: torch.nn.Module, dtype: torch.dtype | None) -> None:
-    """Floating-point buffers in `dtype`, in place; with None they stay as they are."""
-    if dtype is not None:
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(dtype)
+    """Floating-point buffers in `dtype`, in place; with None they stay as they are, but for those of batch norms, which
+    torch computes only where statistics and weights have one dtype."""
+    for owner in module.modules():
+        target = dtype
+        if target is None and isinstance(owner, torch.nn.modules.batchnorm._NormBase) and owner.weight is not None:
+            target = owner.weight.dtype
+        if target is not None:
+            for buffer in owner.buffers(recurse=False):
+                if buffer.is_floating_point():
+                    buffer.data = buffer.data.to(target)
