@@ -40,11 +40,12 @@ test-rust: ## Run the Rust tests: no Python, no torch, no GPU
 test-python: venv ## Run the Python tests
 	$(BIN)/python -m pytest -q tests $(ARGS)
 
-check: $(VENV)/requirements ## Check formatting, lints and the share of Python
+check: $(VENV)/requirements ## Check formatting, lints, types and the share of Python
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
 	@$(PYTHON) tools/source_share.py
 
 format: $(VENV)/requirements ## Format everything

@@ -23,10 +23,13 @@ def free_port() -> int:
 
 
 def environment(python: str) -> dict[str, str]:
-    """One compute thread a rank, the CPU accelerator, and the tools of the interpreter's own environment first."""
+    """One compute thread a rank, the CPU accelerator, and the tools of the interpreter's own environment first.
+
+    PYTHONPATH is left out: it would put one peer's packages before another's.
+    """
     folder = os.path.dirname(os.path.abspath(python))
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PATH": folder + os.pathsep + os.environ["PATH"],

@@ -81,7 +81,8 @@ def ratios(table: list[Row]) -> list[tuple[str, str, tuple[float, float, float]]
     out = []
     for case, peers in cases.items():
         mine = [peer for peer in peers if peer.split()[0] == "ours"]
-        for ours in mine:
+        # Of several ways of ours, the engine's own is the one that training takes.
+        for ours in [peer for peer in mine if peer.endswith("engine")] or mine:
             for peer, theirs in peers.items():
                 shared = [turn for turn in peers[ours] if turn in theirs]
                 if peer in mine or not shared:

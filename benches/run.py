@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -124,6 +125,25 @@ def cases(groups: list[str], peers: dict[str, str], torch_python: str, steps: in
     return out
 
 
+def measure_round(turn: int, rounds: int, todo: list, results: dict, failed: dict) -> None:
+    """Every case once, beginning with another one each round. Adds to `results`, or to `failed` for good."""
+    shift = turn * len(todo) // rounds
+    for case, peer, measure in todo[shift:] + todo[:shift]:
+        key = f"{case}: {peer}"
+        if key in failed:
+            continue
+        if sys.stderr.isatty():
+            print(f"\r\x1b[Kround {turn + 1}/{rounds}  {key}", end="", file=sys.stderr, flush=True)
+        try:
+            numbers = measure()
+        except processes.ChildFailed as error:
+            failed[key] = str(error)
+        else:
+            results.setdefault(case, {}).setdefault(peer, []).append({"round": turn, **numbers})
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def machine() -> dict:
     cpu, memory = platform.processor() or platform.machine(), None
     try:
@@ -151,6 +171,7 @@ def main() -> None:
     parser.add_argument("--out", default=os.path.join(ROOT, "bench-results"))
     parser.add_argument("--write-docs", action="store_true", help="rewrite docs/benchmarks.md from this run")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     groups = args.only.split(",")
     if unknown := [group for group in groups if group not in GROUPS]:
         parser.error(f"unknown group {unknown[0]!r}: choose among {', '.join(GROUPS)}")
@@ -165,22 +186,11 @@ def main() -> None:
 
     results: dict[str, dict[str, list[dict]]] = {}
     failed: dict[str, str] = {}
-    for turn in range(args.rounds):
-        shift = turn % len(todo)
-        for case, peer, measure in todo[shift:] + todo[:shift]:
-            key = f"{case}: {peer}"
-            if key in failed:
-                continue
-            if sys.stderr.isatty():
-                print(f"\r\x1b[Kround {turn + 1}/{args.rounds}  {key}", end="", file=sys.stderr, flush=True)
-            try:
-                numbers = measure()
-            except processes.ChildFailed as error:
-                failed[key] = str(error)
-                continue
-            results.setdefault(case, {}).setdefault(peer, []).append({"round": turn, **numbers})
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    try:
+        for turn in range(args.rounds):
+            measure_round(turn, args.rounds, todo, results, failed)
+    except KeyboardInterrupt:
+        failed["the run"] = "interrupted: what was measured before is reported"
 
     run = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),

@@ -15,15 +15,26 @@ __git_hash__: str | None = None
 __git_branch__: str | None = None
 
 if TYPE_CHECKING:
-    from deepspeed import accelerator, comm, ops, runtime, utils
-    from deepspeed import comm as dist
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.comm import init_distributed
-    from deepspeed.runtime.arguments import add_config_arguments
-    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
-    from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.initialize import initialize
-    from deepspeed.utils import log_dist, logger
+    # Type checkers take a name for public where it is imported as itself.
+    from deepspeed import accelerator as accelerator
+    from deepspeed import comm as comm
+    from deepspeed import ops as ops
+    from deepspeed import runtime as runtime
+    from deepspeed import utils as utils
+    from deepspeed.accelerator import get_accelerator as get_accelerator
+    from deepspeed.comm import init_distributed as init_distributed
+    from deepspeed.runtime import zero as zero
+    from deepspeed.runtime.arguments import add_config_arguments as add_config_arguments
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer as DeepSpeedOptimizer
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer as ZeROOptimizer
+    from deepspeed.runtime.config import DeepSpeedConfig as DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfigError as DeepSpeedConfigError
+    from deepspeed.runtime.engine import DeepSpeedEngine as DeepSpeedEngine
+    from deepspeed.runtime.initialize import initialize as initialize
+    from deepspeed.utils import log_dist as log_dist
+    from deepspeed.utils import logger as logger
+
+    dist = comm
 
 __getattr__, __dir__ = attach(
     __name__,

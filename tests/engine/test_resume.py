@@ -38,8 +38,10 @@ def state_of(engine: Any) -> dict[str, Any]:
 
 
 def through_and_resumed(folder: str, precision: str, saved_at: int, loaded_at: int) -> tuple[Any, Any, Any]:
-    """Ten steps in one go, and 5 + 5 with a fresh engine, with dropout."""
-    engine = start(settings(saved_at, precision, 2), build(dropout=0.3))
+    """Twelve micro-steps in one go, and 6 + 6 with a fresh engine, with dropout."""
+    # Across stages bits are the same without accumulation: stage 2 reduces each micro-batch.
+    accumulation = 2 if saved_at == loaded_at else 1
+    engine = start(settings(saved_at, precision, accumulation), build(dropout=0.3))
     torch.manual_seed(1234 + engine.global_rank)
     random.seed(engine.global_rank)
     run(engine, 6)
@@ -48,7 +50,7 @@ def through_and_resumed(folder: str, precision: str, saved_at: int, loaded_at: i
     through = state_of(engine)
     engine.destroy()
 
-    engine = start(settings(loaded_at, precision, 2), build(dropout=0.3, seed=999))
+    engine = start(settings(loaded_at, precision, accumulation), build(dropout=0.3, seed=999))
     torch.manual_seed(0)
     path, client_state = engine.load_checkpoint(folder)
     assert path is not None and Path(path).name == f"{precision}{saved_at}"

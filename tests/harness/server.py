@@ -37,6 +37,8 @@ def main(fd: int) -> None:
     # deepspeed imports on first use: name what ranks use, so that they find it imported.
     for name in ("comm", "runtime", "ops", "initialize"):
         getattr(deepspeed, name, None)
+    # torch imports it, for seconds, when a process makes its first optimizer.
+    importlib.import_module("torch._dynamo")
     gc.collect()
     gc.freeze()
     sock = socket.socket(fileno=fd)

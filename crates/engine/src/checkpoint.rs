@@ -14,7 +14,7 @@ use deepspeed_checkpoint::{
     TensorSource, kind,
 };
 use deepspeed_comm::Group;
-use deepspeed_core::{DType, Rank, Span, SpanMut};
+use deepspeed_core::{DType, ParamId, Rank, Span, SpanMut};
 use deepspeed_monitor::Counters;
 use deepspeed_optim::{Hyper, LossScaler, state_names};
 use serde_json::{Value, json};
@@ -41,6 +41,19 @@ pub struct Frozen<'a> {
     pub data: Span<'a>,
 }
 
+/// Elements of one parameter's state that only a face knows of, as that of a client's optimizer.
+#[derive(Clone, Debug)]
+pub struct ParamSlice<'a> {
+    /// The parameter.
+    pub param: ParamId,
+    /// What it is: "exp_avg", say.
+    pub kind: String,
+    /// Where in the flattened parameter it begins.
+    pub offset: usize,
+    /// The elements.
+    pub data: Span<'a>,
+}
+
 /// What a face has to save beside the engine's own state.
 #[derive(Debug)]
 pub struct SaveRequest<'a> {
@@ -56,6 +69,8 @@ pub struct SaveRequest<'a> {
     pub weights: &'a [Span<'a>],
     /// The optimizer's parameter groups, for the names of its state.
     pub hypers: &'a [Hyper],
+    /// This rank's part of the state of a client's optimizer.
+    pub slices: &'a [ParamSlice<'a>],
     /// Parameters that are not trained.
     pub frozen: &'a [Frozen<'a>],
     /// Whether to leave those out.
@@ -183,6 +198,16 @@ impl Engine {
                     writer.slice(source(name, Span::from(&tensor.as_f32()[part.clone()])))?;
                 }
             }
+        }
+        for slice in request.slices {
+            let spec = self.layout.param(slice.param);
+            writer.slice(SliceSource {
+                name: &spec.name,
+                kind: &slice.kind,
+                shape: &spec.shape,
+                offset: slice.offset,
+                data: slice.data,
+            })?;
         }
         if rank == Rank(0) {
             for frozen in request.frozen.iter().filter(|_| !request.exclude_frozen) {
@@ -404,7 +429,10 @@ impl Engine {
 }
 
 /// Reads `range` of a parameter's `kind` into `target`, cast to its dtype.
-fn read_cast(
+///
+/// # Errors
+/// [`CheckpointError`] if it is not stored, or damaged.
+pub fn read_cast(
     checkpoint: &Checkpoint,
     name: &str,
     kind: &str,

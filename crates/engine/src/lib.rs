@@ -25,7 +25,7 @@ mod settings;
 mod update;
 
 pub use accumulation::Accumulation;
-pub use checkpoint::{Frozen, LoadOptions, SaveRequest, Saved, TagRule};
+pub use checkpoint::{Frozen, LoadOptions, ParamSlice, SaveRequest, Saved, TagRule, read_cast};
 pub use decision::{Decision, OnNonFinite, decide};
 pub use engine::{Engine, OptimizerChoice, Plan, StepReport};
 pub use error::EngineError;

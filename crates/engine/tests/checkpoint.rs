@@ -23,6 +23,7 @@ fn save(replica: &mut Replica, dir: &std::path::Path, tag: &str, rule: TagRule) 
         save_latest: true,
         weights: &weights,
         hypers: &replica.hypers,
+        slices: &[],
         frozen: &[],
         exclude_frozen: false,
         tensors: &[],

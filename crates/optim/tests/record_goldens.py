@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+
 from deepspeed.runtime import lr_schedules
 
 BASE_LRS = [0.3, 0.05]
@@ -105,7 +106,7 @@ def schedule(name, params):
         groups = optimizer.param_groups
         values.append([[group["lr"] for group in groups], [list(group["betas"]) for group in groups]])
         scheduler.step()
-    lrs, betas = zip(*values)
+    lrs, betas = zip(*values, strict=True)
     cycles = name == "OneCycle" and params.get("cycle_momentum", True)
     return {"name": name, "params": params, "lr": lrs, "betas": betas if cycles else None}
 

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use deepspeed_checkpoint::{Checkpoint, ElementType, TensorSource};
-use deepspeed_core::{Rank, Span, SpanMut};
-use deepspeed_engine::{Frozen, LoadOptions, SaveRequest, TagRule};
+use deepspeed_core::{ParamId, Rank, Span, SpanMut};
+use deepspeed_engine::{Frozen, LoadOptions, ParamSlice, SaveRequest, TagRule, read_cast};
 use pyo3::{
     exceptions::{PyTypeError, PyValueError},
     intern,
@@ -63,8 +63,8 @@ impl RawTensor {
 
 /// Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
 #[pyfunction]
-#[pyo3(signature = (engine, *, save_dir, tag, fail_on_different_tags, save_latest, param_groups, frozen,
-                    exclude_frozen, buffers, blobs, face))]
+#[pyo3(signature = (engine, *, save_dir, tag, fail_on_different_tags, save_latest, param_groups, slices,
+                    frozen, exclude_frozen, buffers, blobs, face))]
 #[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
 fn save_checkpoint(
     py: Python<'_>,
@@ -74,6 +74,7 @@ fn save_checkpoint(
     fail_on_different_tags: bool,
     save_latest: bool,
     param_groups: Vec<Bound<'_, PyMapping>>,
+    slices: Vec<(usize, String, usize, Bound<'_, PyAny>)>,
     frozen: &Bound<'_, PyDict>,
     exclude_frozen: bool,
     buffers: &Bound<'_, PyDict>,
@@ -82,6 +83,7 @@ fn save_checkpoint(
 ) -> PyResult<(String, bool, PathBuf)> {
     let hypers = hypers(engine.kind(), &param_groups)?;
     let weights = engine.weights(py)?;
+    let slices = slice_arguments(&slices, weights.len())?;
     let frozen = frozen_arguments(frozen)?;
     let buffers = buffers
         .iter()
@@ -93,6 +95,15 @@ fn save_checkpoint(
         // SAFETY: Python holds all these tensors for the length of this call, and nobody writes to them.
         let span = |tensor: &TensorArg| unsafe { tensor.span() };
         let weights: Vec<Span<'_>> = weights.iter().map(span).collect();
+        let slices: Vec<ParamSlice<'_>> = slices
+            .iter()
+            .map(|(param, kind, offset, tensor)| ParamSlice {
+                param: *param,
+                kind: kind.clone(),
+                offset: *offset,
+                data: span(tensor),
+            })
+            .collect();
         let frozen: Vec<Frozen<'_>> = frozen
             .iter()
             .map(|(name, shape, tensor)| Frozen {
@@ -112,6 +123,7 @@ fn save_checkpoint(
             save_latest,
             weights: &weights,
             hypers: &hypers,
+            slices: &slices,
             frozen: &frozen,
             exclude_frozen,
             tensors: &tensors,
@@ -166,6 +178,29 @@ impl PyLoadedCheckpoint {
         Ok(bytes.map(|bytes| PyBytes::new(py, &bytes)))
     }
 
+    /// Reads the elements of a parameter's `kind` ("exp_avg", "master", ...) from `offset` on into `tensor`, cast to its
+    /// dtype. False if that was not saved.
+    fn read(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        kind: &str,
+        offset: usize,
+        tensor: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        if self.checkpoint.dtype(name, kind).is_none() {
+            return Ok(false);
+        }
+        let target = TensorArg::read(tensor, name)?;
+        py.detach(|| {
+            // SAFETY: the caller holds the tensor for the length of this call and leaves it alone.
+            let mut span = unsafe { target.span_mut() };
+            read_cast(&self.checkpoint, name, kind, offset..offset + span.len(), &mut span)
+        })
+        .map_err(|error| CheckpointError::new_err(error.to_string()))?;
+        Ok(true)
+    }
+
     /// The bytes of a buffer, or None if it was not saved.
     fn buffer<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Option<Bound<'py, PyBytes>>> {
         if !self.checkpoint.tensors().any(|tensor| tensor.name == name) {
@@ -180,7 +215,6 @@ impl PyLoadedCheckpoint {
 /// Loads into the engine, its parameters and the `frozen` ones. None if there is no `latest` to load.
 #[pyfunction]
 #[pyo3(signature = (engine, *, load_dir, tag, module_only, optimizer_states, strict, param_groups, frozen))]
-#[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
 fn load_checkpoint(
     py: Python<'_>,
     mut engine: PyRefMut<'_, PyEngine>,
@@ -208,6 +242,22 @@ fn load_checkpoint(
         engine.load_checkpoint(&load_dir, tag.as_deref(), options, &hypers, &mut weights, &mut frozen)
     })?;
     Ok(checkpoint.map(|checkpoint| PyLoadedCheckpoint { checkpoint, rank }))
+}
+
+/// Parameter, kind, offset and memory of each slice of a client's optimizer.
+fn slice_arguments(
+    slices: &[(usize, String, usize, Bound<'_, PyAny>)],
+    params: usize,
+) -> PyResult<Vec<(ParamId, String, usize, TensorArg)>> {
+    slices
+        .iter()
+        .map(|(param, kind, offset, tensor)| {
+            if *param >= params {
+                return Err(PyValueError::new_err(format!("there is no parameter {param} of {params}")));
+            }
+            Ok((ParamId::from_index(*param), kind.clone(), *offset, TensorArg::read(tensor, kind)?))
+        })
+        .collect()
 }
 
 /// Name, shape and memory of each frozen parameter.

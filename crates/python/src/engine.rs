@@ -249,13 +249,17 @@ impl PyEngine {
         out
     }
 
-    /// Makes the model's weights, as they are now, the fp32 masters.
-    fn load_masters(&mut self, py: Python<'_>) -> PyResult<()> {
-        let weights = self.weights(py)?;
+    /// Makes the model's weights, as they are now, the fp32 masters; or `masters`, one tensor per parameter.
+    #[pyo3(signature = (masters=None))]
+    fn load_masters(&mut self, py: Python<'_>, masters: Option<Vec<Bound<'_, PyAny>>>) -> PyResult<()> {
+        let values = match &masters {
+            Some(masters) => read_all(masters, &self.names)?,
+            None => self.weights(py)?,
+        };
         let engine = &mut self.engine;
         enter(py, || {
-            // SAFETY: `self` holds the parameters and torch leaves them alone during this call.
-            let spans: Vec<Span<'_>> = weights.iter().map(|tensor| unsafe { tensor.span() }).collect();
+            // SAFETY: `self` or the caller holds the tensors and torch leaves them alone during this call.
+            let spans: Vec<Span<'_>> = values.iter().map(|tensor| unsafe { tensor.span() }).collect();
             engine.load_masters(&spans)
         })
     }

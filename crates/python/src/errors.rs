@@ -44,7 +44,7 @@ pub(crate) trait IntoPyErr {
 impl IntoPyErr for CommError {
     fn into_py_err(self) -> PyErr {
         // A signal handler that raised while the collective waited has its exception pending: that one counts.
-        Python::attach(|py| PyErr::take(py)).unwrap_or_else(|| comm::CommError::new_err(self.to_string()))
+        Python::attach(PyErr::take).unwrap_or_else(|| comm::CommError::new_err(self.to_string()))
     }
 }
 

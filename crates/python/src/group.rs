@@ -13,6 +13,7 @@ use pyo3::{
 
 use crate::{
     enter::{enter, interrupted},
+    tensors::dtype_of,
     torch_transport,
 };
 
@@ -143,8 +144,14 @@ impl PyGroup {
         let ptr: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
         let bytes: usize = tensor.getattr(intern!(py, "nbytes"))?.extract()?;
         let what = format!("the first value of {name}");
-        // 16-bit words carry any dtype; an odd number of bytes goes through a copy that is one longer.
-        if bytes % 2 == 0 && ptr % 2 == 0 {
+        // fp32 goes as what it is, so that reports of ranks that disagree speak of its elements.
+        if dtype_of(&tensor.getattr(intern!(py, "dtype"))?)? == Some(DType::F32) {
+            // SAFETY: the tensor is dense, holds `bytes` bytes of fp32, and lives as long as the caller's reference.
+            let span = unsafe { SpanMut::from_raw(ptr as *mut u8, bytes / DType::F32.size(), DType::F32) };
+            return enter(py, || self.inner.broadcast(&what, Rank(root), span));
+        }
+        // 16-bit words carry any other dtype; an odd number of bytes goes through a copy that is one longer.
+        if bytes.is_multiple_of(2) && ptr.is_multiple_of(2) {
             // SAFETY: the tensor is dense, holds `bytes` bytes, and lives as long as the caller's reference.
             let span = unsafe { SpanMut::from_raw(ptr as *mut u8, bytes / 2, DType::BF16) };
             return enter(py, || self.inner.broadcast(&what, Rank(root), span));

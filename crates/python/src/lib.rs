@@ -3,6 +3,8 @@
 //! Python is glue around this module. Tensors cross as (pointer, length, dtype) read off torch tensors whose Python
 //! objects the caller keeps alive for the call; all work happens in [`enter::enter`], without the GIL.
 
+#![allow(clippy::needless_pass_by_value, reason = "PyO3 extracts arguments by value")]
+
 use pyo3::prelude::*;
 
 mod checkpoint;

@@ -66,8 +66,9 @@ class DeepSpeedConfig:
 
     def __init__(self, config: str | os.PathLike[str] | Mapping[str, Any], mpu: Any = None, mesh_device: Any = None):
         self.native = _judge(config)
-        for warning in self.native.warnings:
-            logger.warning(warning)
+        if _rank() == 0:
+            for warning in self.native.warnings:
+                logger.warning(warning)
         self.mpu = mpu
         self.world_size, origin = _data_parallel_world(mpu)
         batch = self.native.resolve_batch(self.world_size, origin)
@@ -91,6 +92,12 @@ def _judge(config: str | os.PathLike[str] | Mapping[str, Any]) -> _native.Config
     raise DeepSpeedConfigError(
         f"a config is a dict, the path of a JSON file or base64 of JSON, not a {type(config).__qualname__}"
     )
+
+
+def _rank() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 def _data_parallel_world(mpu: Any) -> tuple[int, str]:

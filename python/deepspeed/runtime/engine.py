@@ -21,7 +21,7 @@ from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
 from deepspeed.runtime.optimizer_setup import build_optimizer, build_scheduler
 from deepspeed.runtime.parameters import TrainedParameters, cast_buffers, cast_floating, grad_tensors
-from deepspeed.runtime.zero_optimizer import DeepSpeedZeroOptimizer, Destroyed
+from deepspeed.runtime.zero_optimizer import DESTROYED, DeepSpeedZeroOptimizer
 from deepspeed.utils.logging import log_dist, logger
 
 # Attributes of the engine itself, which never fall through to the module.
@@ -71,11 +71,12 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         self._loss_scaled = False
         self._without_sync = False
 
-        self._group = process_group.native_group()
+        group = process_group.native_group()
+        self._group: _native.Group | None = group  # until destroy()
         native_config = self._config.native
         self._trained = TrainedParameters(model)
         self._trained.check_devices()
-        self._broadcast_model()
+        self._broadcast_model(group)
         self.basic_optimizer = build_optimizer(optimizer, model_parameters, model, native_config)
         self._trained.select(self.basic_optimizer)
         self._native = _native.Engine(
@@ -87,7 +88,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
             optimizer=getattr(self.basic_optimizer, "ds_kind", None),
             client=_class_name(self.basic_optimizer),
             param_groups=self._group_options(),
-            group=self._group,
+            group=group,
             threads=torch.get_num_threads(),
         )
         # The optimizer is wrapped before the cast: the masters of a client's optimizer keep the original precision.
@@ -103,9 +104,11 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
 
     # -- construction ----------------------------------------------------------------------------------------------
 
-    def _broadcast_model(self) -> None:
+    def _broadcast_model(self, group: _native.Group) -> None:
         tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        self._group.broadcast({name: tensor.data for name, tensor in tensors.items()}, 0)
+        # Ranks with different models are told apart by what is sent: its name says enough to see how they differ.
+        named = {f"{name} {list(tensor.shape)} {tensor.dtype}": tensor.data for name, tensor in tensors.items()}
+        group.broadcast(named, 0)
 
     def _wrap_optimizer(self) -> DeepSpeedZeroOptimizer | None:
         if self.basic_optimizer is None:
@@ -344,7 +347,10 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
             custom_load_fn(src=state, dst=self.module)
         else:
             self.module.load_state_dict(state, strict=strict)
-        self._native.load_masters()
+        if self.optimizer is not None:
+            self.optimizer.refresh_fp32_params()
+        else:
+            self._native.load_masters()
 
     def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **_ignored: Any) -> None:
         """Compiles the module in place with torch.compile's machinery."""
@@ -366,7 +372,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         """Frees the engine's memory and its shared memory; the engine is of no use afterwards, the module is."""
         if self.optimizer is not None:
             self.optimizer.destroy()
-        self._native = Destroyed()
+        self._native = DESTROYED
         self._group = None
 
     def __getattr__(self, name: str) -> Any:

@@ -12,26 +12,33 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deepspeed import _native
 from deepspeed.utils.logging import logger, warning_once
 
+if TYPE_CHECKING:
+    from deepspeed._native import Engine, LoadedCheckpoint
+    from deepspeed.runtime.client_optimizer import ClientOptimizer
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.parameters import TrainedParameters
+
 
 class CheckpointMethods:
     """Mixed into the engine."""
 
     module: torch.nn.Module
-    _native: Any
-    _trained: Any
-    _config: Any
+    _native: Engine
+    _group: Any
+    _trained: TrainedParameters
+    _config: DeepSpeedConfig
     basic_optimizer: Any
     optimizer: Any
     lr_scheduler: Any
     global_rank: int
-    global_steps: int
+    loaded_checkpoint_dp_world_size: int | None
 
     def save_checkpoint(
         self,
@@ -54,23 +61,25 @@ class CheckpointMethods:
             raise ValueError("client_sd is another name for client_state: give one of them")
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
         state = client_state if client_state is not None else client_sd
-        used, differ, folder = _native.save_checkpoint(
+        slices, python_state = self._state_to_save()
+        _, differ, folder = _native.save_checkpoint(
             self._native,
             save_dir=os.fspath(save_dir),
             tag=tag,
             fail_on_different_tags=self._config.checkpoint_tag_validation_fail,
             save_latest=save_latest,
             param_groups=self._group_options(),
+            slices=slices,
             frozen=self._frozen(),
             exclude_frozen=exclude_frozen_parameters,
             buffers=self._saved_buffers(),
-            blobs=[("client_state", _pack(dict(state or {}))), ("python", _pack(self._python_state()))],
+            blobs=[("client_state", _pack(dict(state or {}))), ("python", _pack(python_state))],
             face=json.dumps({"module": type(self.module).__name__}),
         )
         if differ and self._config.checkpoint_tag_validation_enabled and self.global_rank == 0:
             warning_once(
-                f"ranks save under different tags; rank 0's ({used}) is used. Set checkpoint.tag_validation to FAIL to "
-                "make this an error, or IGNORE to silence it"
+                "ranks save under different tags: rank 0's are used. Set checkpoint.tag_validation to FAIL to make this "
+                "an error, or to IGNORE to silence it"
             )
         logger.info("saved checkpoint %s", folder)
         return True
@@ -112,10 +121,13 @@ class CheckpointMethods:
             )
             return None, None
         self._load_buffers(loaded, load_module_strict)
+        client = self._client()
+        if client is not None:
+            client.refresh_masters()
         self.loaded_checkpoint_dp_world_size = loaded.world_size
         if not load_module_only:
             state = _unpack(loaded.blob("python"), "python", loaded.folder, trust_client_state)
-            self._load_python_state(state, load_optimizer_states, load_lr_scheduler_states)
+            self._load_python_state(loaded, state, load_optimizer_states, load_lr_scheduler_states)
         client_state = _unpack(loaded.blob("client_state"), "client_state", loaded.folder, trust_client_state)
         return os.fspath(loaded.folder), client_state
 
@@ -161,14 +173,16 @@ class CheckpointMethods:
         saved = self.module.state_dict(keep_vars=True)
         return {name: b.contiguous() for name, b in self.module.named_buffers() if name in saved}
 
-    def _load_buffers(self, loaded: Any, strict: bool) -> None:
+    def _load_buffers(self, loaded: LoadedCheckpoint, strict: bool) -> None:
         for name, buffer in self.module.named_buffers():
             if name not in self._saved_buffers():
                 continue
             data = loaded.buffer(name)
             if data is None:
                 if strict:
-                    raise KeyError(f"checkpoint {loaded.folder} has no buffer `{name}`; load_module_strict=False skips it")
+                    raise KeyError(
+                        f"checkpoint {loaded.folder} has no buffer `{name}`; load_module_strict=False skips it"
+                    )
                 continue
             if len(data) != buffer.nbytes:
                 raise ValueError(
@@ -177,23 +191,44 @@ class CheckpointMethods:
             if data:
                 buffer.copy_(torch.frombuffer(bytearray(data), dtype=buffer.dtype).view(buffer.shape))
 
-    def _python_state(self) -> dict[str, Any]:
+    def _state_to_save(self) -> tuple[list[tuple[int, str, int, torch.Tensor]], dict[str, Any]]:
+        """Slices of a client optimizer's state, and what Python saves beside the client's own state."""
         state: dict[str, Any] = {"random": _random_states(), "param_groups": self._group_options()}
         if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "state_dict"):
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
-        if self.basic_optimizer is not None and getattr(self.basic_optimizer, "ds_kind", None) is None:
-            state["optimizer"] = self.basic_optimizer.state_dict()
-        return state
+        client = self._client()
+        if client is None:
+            return [], state
+        slices, scalars = client.state_to_save()
+        kinds = sorted({kind for _, kind, _, _ in slices})
+        # A rank knows the scalars of the parameters of which it has a part; whoever loads may have others.
+        everybody = self._group.all_gather_bytes("save_checkpoint: client optimizer", _pack([scalars, kinds]))
+        state["client_scalars"] = scalars = {}
+        known: set[str] = set()
+        for theirs in everybody:
+            more, kinds = torch.load(io.BytesIO(theirs), weights_only=False)
+            scalars.update(more)
+            known.update(kinds)
+        state["client_kinds"] = sorted(known)
+        return slices, state
 
-    def _load_python_state(self, state: dict[str, Any], optimizer: bool, scheduler: bool) -> None:
+    def _client(self) -> ClientOptimizer | None:
+        return getattr(self.optimizer, "client", None)
+
+    def _load_python_state(self, loaded: LoadedCheckpoint, state: dict[str, Any], optimizer: bool, scheduler: bool) -> None:
         if optimizer and self.basic_optimizer is not None:
-            if "optimizer" in state:
-                self.basic_optimizer.load_state_dict(state["optimizer"])
+            client = self._client()
+            if client is not None and "client_kinds" in state:
+                client.load_state(loaded, state["client_scalars"], state["client_kinds"])
             for group, saved in zip(self.basic_optimizer.param_groups, state["param_groups"], strict=True):
                 group.update(saved)
         if scheduler and self.lr_scheduler is not None and "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         _set_random_states(state["random"])
+
+    @property
+    def global_steps(self) -> int:
+        raise NotImplementedError
 
     def _group_options(self) -> list[dict[str, Any]]:
         raise NotImplementedError

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from deepspeed._native import Engine
     from deepspeed.runtime.config import DeepSpeedConfig
 
 
@@ -14,7 +15,7 @@ class ConfigMethods:
     """Mixed into the engine."""
 
     _config: DeepSpeedConfig
-    _native: Any
+    _native: Engine
 
     def train_batch_size(self) -> int:
         """Samples of all ranks per update."""

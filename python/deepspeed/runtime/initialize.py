@@ -50,7 +50,9 @@ def initialize(
     if model is None:
         raise AssertionError("deepspeed.initialize requires a model: pass model=")
     if mesh_param is not None:
-        raise NotImplementedError("mesh_param (sequence and data parallelism on a mesh) is not built; docs/migration.md")
+        raise NotImplementedError(
+            "mesh_param (sequence and data parallelism on a mesh) is not built; docs/migration.md"
+        )
     if mpu is not None and mpu.get_model_parallel_world_size() != 1:
         raise NotImplementedError("an mpu with model parallelism is not built; docs/migration.md")
     chosen = _choose_config(args, config, config_params)

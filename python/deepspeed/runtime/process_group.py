@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 
 from deepspeed import _native
@@ -21,6 +23,6 @@ def native_group() -> _native.Group:
         name = f"torch.distributed ({dist.get_backend()})"
         return _native.Group.over_torch(TorchTransport(), rank, world, name)
     group = _native.Group.create_shared(world, deadline) if rank == 0 else None
-    handle = [group.handle() if group is not None else None]
+    handle: list[Any] = [group.handle() if group is not None else None]
     dist.broadcast_object_list(handle, src=0)
     return group or _native.Group.join_shared(handle[0], rank, deadline)

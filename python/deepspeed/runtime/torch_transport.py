@@ -7,6 +7,8 @@ whatever the backend.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +37,7 @@ class TorchTransport:
         if self._device:
             memory.copy_(moved)
 
-    def _run(self, collective, output: torch.Tensor, source: torch.Tensor) -> None:
+    def _run(self, collective: Callable[..., Any], output: torch.Tensor, source: torch.Tensor) -> None:
         if self._device is None:
             collective(output, source)
             return

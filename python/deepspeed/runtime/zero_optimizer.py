@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from deepspeed import _native
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.client_optimizer import ClientOptimizer
 from deepspeed.runtime.parameters import TrainedParameters
 
 
@@ -33,11 +33,11 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
         self._trained = trained
         self.overflow = False
         driven = getattr(optimizer, "ds_kind", None) is not None
-        self._client = None if driven else _ClientStep(optimizer, native, trained, dtype_for)
+        self.client = None if driven else ClientOptimizer(optimizer, native, trained, dtype_for)
 
     def engine_step(self) -> _native.StepReport:
         """Called by `engine.step()`; see there."""
-        report = self._client.step() if self._client else self._native.step(self.optimizer.param_groups)
+        report = self.client.step() if self.client else self._native.step(self.optimizer.param_groups)
         if report.boundary:
             self.overflow = not report.applied
         return report
@@ -97,6 +97,8 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
     def refresh_fp32_params(self) -> None:
         """Makes the model's weights, as they are now, the fp32 masters."""
         self._native.load_masters()
+        if self.client:
+            self.client.refresh_masters()
 
     def get_lr(self) -> float:
         """Learning rate of the first parameter group."""
@@ -121,77 +123,15 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
 
     def destroy(self) -> None:
         """Lets go of the engine's memory."""
-        self._native = Destroyed()
-        self._client = None
+        self._native = DESTROYED
+        self.client = None
 
 
-class Destroyed:
+class _Destroyed:
     """What stands in the native engine's place after `engine.destroy()`."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(f"this engine was destroyed: {name} has nothing to work on; call deepspeed.initialize again")
 
 
-class _ClientStep:
-    """Runs a torch optimizer on the masters: on whole parameters at stage 0, on this rank's shards above."""
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        native: _native.Engine,
-        trained: TrainedParameters,
-        dtype_for: Callable[[torch.dtype], torch.dtype],
-    ):
-        self.optimizer = optimizer
-        self._native = native
-        self._whole = native.client_sees_whole()
-        if self._whole:
-            in_place = [dtype_for(p.dtype) == torch.float32 for p in trained.tensors]
-            self._pairs = [
-                (p, p if same else torch.nn.Parameter(p.detach().float()))
-                for p, same in zip(trained.tensors, in_place, strict=True)
-            ]
-            replaced = {id(p): [master] for p, master in self._pairs}
-        else:
-            replaced = {id(p): [] for p in trained.tensors}
-            self._shards: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for index, offset, length, gradient, master in native.client_shards():
-                p = trained.tensors[index]
-                weights = p.data.view(-1)[offset : offset + length] if master is None else _floats(master, length, native)
-                tensor = torch.nn.Parameter(weights)
-                self._shards.append((tensor, _floats(gradient, length, native)))
-                replaced[id(p)].append(tensor)
-        for group in optimizer.param_groups:
-            group["params"] = [tensor for p in group["params"] for tensor in replaced.get(id(p), [p])]
-
-    def step(self) -> _native.StepReport:
-        if self._native.prepare():
-            self._step_whole() if self._whole else self._step_shards()
-        return self._native.finish(self.optimizer.param_groups)
-
-    def _step_whole(self) -> None:
-        masters = [master for _, master in self._pairs]
-        for master in masters:
-            master.grad = torch.empty_like(master)
-        self._native.gather_gradients([master.grad for master in masters])
-        self.optimizer.step()
-        for parameter, master in self._pairs:
-            master.grad = None
-            if master is not parameter:
-                parameter.data.copy_(master.data)
-
-    def _step_shards(self) -> None:
-        self._native.scale_gradients()
-        for tensor, gradient in self._shards:
-            tensor.grad = gradient
-        self.optimizer.step()
-        for tensor, _ in self._shards:
-            tensor.grad = None
-        self._native.publish_client()
-
-
-def _floats(address: int, length: int, owner: _native.Engine) -> torch.Tensor:
-    """fp32 memory of `owner`, which lives as long as the tensor."""
-    memory = (ctypes.c_float * length).from_address(address)
-    memory.owner = owner
-    return torch.frombuffer(memory, dtype=torch.float32)
+DESTROYED: Any = _Destroyed()

@@ -1,0 +1,437 @@
+"""The native half of the `deepspeed` package (crates/python): everything that computes, communicates or is written.
+
+Tensors are dense, contiguous CPU tensors unless said otherwise, and nobody else touches them during a call. Calls that
+may wait release the GIL.
+"""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+
+from deepspeed.runtime.torch_transport import TorchTransport
+
+SCHEDULES: list[str]
+"""The names that `scheduler.type` may have, torch's own aside."""
+
+class DeepSpeedError(RuntimeError):
+    """What the engine raises, unless a more precise class below fits."""
+
+class CommError(DeepSpeedError):
+    """A collective failed: a peer is gone, disagrees, or did not arrive."""
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or read. What was there before is untouched."""
+
+class NonFiniteGradientError(ArithmeticError):
+    """A gradient is NaN or infinite where none may be (fp32). No weight has been changed."""
+
+class DeepSpeedConfigError(ValueError):
+    """A config that cannot be used: every problem in it, each with its place and what to do."""
+
+@final
+class Config:
+    """A judged config."""
+
+    @staticmethod
+    def load(spec: str, strict: str | None = None) -> Config:
+        """From the path of a file or base64 of JSON. `strict` is the value of DS_CONFIG_STRICT."""
+
+    @staticmethod
+    def from_dict_text(text: str, strict: str | None = None) -> Config:
+        """From a dict that Python's json module has written."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is worth saying about it, one text each."""
+
+    def raw(self) -> dict[str, Any]:
+        """The config as it was written, defaults not filled in."""
+
+    def resolve_batch(self, world: int, world_origin: str) -> tuple[int, int, int]:
+        """(train_batch_size, micro batch size, accumulation steps) for `world` data-parallel ranks; `world_origin` says
+        where that number came from."""
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a floating-point tensor of `dtype` is trained: that of the precision in bf16 and fp16, its
+        own in fp32."""
+
+    def optimizer_class(self) -> tuple[str, dict[str, Any]] | None:
+        """What `optimizer` names as ("module:class", arguments); None where the config has no optimizer."""
+
+    def scheduler_class(self) -> tuple[str, dict[str, Any]] | None:
+        """What `scheduler` names as ("module:class", arguments); None where the config has no scheduler."""
+
+    def differences(self) -> str:
+        """The settings that differ from their defaults, a line each."""
+
+    def attributes(self) -> dict[str, Any]:
+        """The settings under the attribute names of DeepSpeedConfig."""
+
+@final
+class Rendezvous:
+    """One process's place: its rank of how many, its number on its host, and where rank 0 listens."""
+
+    @staticmethod
+    def alone() -> Rendezvous:
+        """A world of one, met by nobody."""
+
+    @staticmethod
+    def from_hosts(rank: int, hosts: Sequence[str], master_addr: str, master_port: int) -> Rendezvous:
+        """From the host name of every rank, as MPI gives them, and an address of rank 0's host for the others."""
+
+    @property
+    def rank(self) -> int:
+        """0 to `world_size - 1`."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def local_rank(self) -> int | None:
+        """Number on this host; None where the environment does not say."""
+
+    @property
+    def local_size(self) -> int | None:
+        """Ranks on this host, where known."""
+
+    @property
+    def master_addr(self) -> str | None:
+        """Host name or address of rank 0; None for a world of one that needs none, and where it is unknown."""
+
+    @property
+    def master_port(self) -> int:
+        """Port on which rank 0 listens."""
+
+    @property
+    def source(self) -> str:
+        """Who said so, in words."""
+
+    @property
+    def needs_master(self) -> bool:
+        """Whether several ranks must meet at an address that the environment does not give."""
+
+    def require_master(self) -> None:
+        """Raises RuntimeError, with what to do, where `needs_master`."""
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which every library finds its place: RANK, WORLD_SIZE and what else is known."""
+
+def discover_rendezvous(environment: dict[str, str], port: int, all_sources: bool) -> Rendezvous | None:
+    """This process's place, or None where no launcher left a trace. `port` is used where nothing names one.
+
+    With `all_sources` false only RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are looked at.
+    """
+
+def optimizer_defaults(kind: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """All hyperparameters of an optimizer, the given ones checked and the others at their defaults."""
+
+def optimizer_state_names(kind: str, group: Mapping[str, Any]) -> list[str]:
+    """The names of the fp32 state tensors that a group with these hyperparameters has beside `step`."""
+
+def optimizer_step(
+    kind: str,
+    group: Mapping[str, Any],
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    states: Sequence[Sequence[torch.Tensor]],
+    steps: Sequence[int],
+    threads: int,
+) -> None:
+    """One update of every parameter of a group, in place.
+
+    group   the `param_groups` element; keys that are no hyperparameters are left alone.
+    params, grads, states   one entry per parameter, of one length; states fp32.
+    steps   per parameter, how many updates it has had, this one included.
+    threads at most this many work at it.
+    """
+
+@final
+class Schedule:
+    """A learning-rate schedule with its settings: a pure function of the iteration."""
+
+    def __new__(cls, name: str, params: Mapping[str, Any]) -> Schedule:
+        """`scheduler.type` and `scheduler.params` of a config."""
+
+    @property
+    def start(self) -> int:
+        """The iteration before the first: -1 unless the settings give another."""
+
+    def at(self, iteration: int, base_lrs: Sequence[float]) -> tuple[list[float], list[tuple[float, float]] | None]:
+        """Learning rate of each parameter group at `iteration`, and its betas where the schedule cycles momentum;
+        `base_lrs` are the rates that the groups came with."""
+
+@final
+class Group:
+    """A process group of the engine's."""
+
+    @staticmethod
+    def alone() -> Group:
+        """The world of one."""
+
+    @staticmethod
+    def create_shared(world: int, deadline_seconds: float) -> Group:
+        """Makes the shared memory of `world` ranks of this host and joins it as rank 0. The others get `handle()`."""
+
+    @staticmethod
+    def join_shared(handle: str, rank: int, deadline_seconds: float) -> Group:
+        """Joins the shared memory behind `handle` as `rank`."""
+
+    @staticmethod
+    def over_torch(transport: TorchTransport, rank: int, world: int, name: str) -> Group:
+        """The engine's collectives over torch.distributed; `name` is how errors call it."""
+
+    @property
+    def transport(self) -> str:
+        """What carries the bytes."""
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+
+    def handle(self) -> str | None:
+        """What the other ranks need to join, where this rank made the shared memory."""
+
+    def set_activity(self, activity: str) -> None:
+        """Says what the program is doing, for the report of a rank that waits for it."""
+
+    def barrier(self, what: str) -> None:
+        """Waits until every rank has called."""
+
+    def all_gather_bytes(self, what: str, mine: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order."""
+
+    def broadcast(self, tensors: dict[str, torch.Tensor], root: int) -> None:
+        """Rank `root`'s values in every rank's tensors (by name, of any dtype)."""
+
+def host_identity() -> str:
+    """What tells whether two processes can share memory: the machine's boot, and the namespaces that decide whether one
+    can open the other's files under /proc."""
+
+def shares_memory(identities: Sequence[str], backend: str | None) -> bool:
+    """Whether the engine's collectives run over shared memory: every rank on one host, and no other transport asked for
+    (`dist_backend` of `init_distributed`)."""
+
+@final
+class StepReport:
+    """What a call of `step` did."""
+
+    @property
+    def boundary(self) -> bool:
+        """Whether this micro-batch was the last before an update."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights were updated."""
+
+    @property
+    def skipped(self) -> str | None:
+        """Why a boundary made no update; None where it did."""
+
+    @property
+    def unused(self) -> list[str]:
+        """At the first boundary: parameters that no gradient reached on any rank."""
+
+    @property
+    def line(self) -> str | None:
+        """The step line, where one is due."""
+
+@final
+class Engine:
+    """The engine of one rank, and the torch parameters it trains.
+
+    `param_groups` are the optimizer's, with or without "params": the hyperparameters of the step.
+    """
+
+    def __new__(
+        cls,
+        *,
+        config: Config,
+        names: Sequence[str],
+        tensors: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
+        groups: Sequence[int],
+        optimizer: str | None,
+        client: str | None,
+        param_groups: Sequence[Mapping[str, Any]],
+        group: Group,
+        threads: int,
+    ) -> Engine:
+        """An engine for `tensors` (parameters as they are before they are cast to `dtypes`), named `names`, in the
+        optimizer's parameter groups `groups`. `optimizer` is the kind of an optimizer of ours, `client` the class of one
+        that is not."""
+
+    def mark(self, phase: Literal["forward", "backward"] | None) -> None:
+        """A phase of the step begins, or ends (None)."""
+
+    def loss_factor(self, average: bool) -> float:
+        """The factor for the loss before backward: the loss scale, divided by the accumulation steps if `average`."""
+
+    def wants_loss(self) -> bool:
+        """Whether the loss of this micro-batch will be shown."""
+
+    def set_loss(self, loss: float) -> None:
+        """The loss to show."""
+
+    def end_backward(self, scaled: bool, averaged: bool) -> None:
+        """Takes the gradients off the parameters. `scaled` and `averaged` say whether the loss was multiplied by the
+        loss scale and divided by the accumulation steps."""
+
+    def collect_leftovers(self) -> None:
+        """Takes gradients that no `end_backward` has seen."""
+
+    def step(self, param_groups: Sequence[Mapping[str, Any]]) -> StepReport:
+        """One step of an optimizer of ours with the options in `param_groups`."""
+
+    def step_without_optimizer(self) -> StepReport:
+        """Ends a micro-batch of an engine without optimizer."""
+
+    def prepare(self) -> bool:
+        """The first half of a step of a client's optimizer: true if it is to update."""
+
+    def gather_gradients(self, outputs: Sequence[torch.Tensor]) -> None:
+        """The whole averaged gradients, unscaled and clipped, into `outputs` (fp32, one per parameter)."""
+
+    def scale_gradients(self) -> None:
+        """Unscales and clips the gradients of this rank's shards where they lie."""
+
+    def publish_client(self) -> None:
+        """After the client's optimizer has updated the shards' masters: everybody's weights follow."""
+
+    def finish(self, param_groups: Sequence[Mapping[str, Any]]) -> StepReport:
+        """The second half of a step of a client's optimizer."""
+
+    def client_sees_whole(self) -> bool:
+        """Whether a client's optimizer works on whole parameters."""
+
+    def client_shards(self) -> list[tuple[int, int, int, int, int | None]]:
+        """For a client's optimizer on shards: per fragment of a parameter, (index of the parameter, first element in
+        it, number of elements, address of its fp32 gradients, address of its fp32 masters or None where the
+        parameter's own memory is the master)."""
+
+    def load_masters(self, masters: Sequence[torch.Tensor] | None = None) -> None:
+        """Makes the model's weights, as they are now, the fp32 masters; or `masters`, one tensor per parameter."""
+
+    def discard_gradients(self) -> None:
+        """Forgets the gradients of the current accumulation."""
+
+    def is_boundary(self) -> bool:
+        """Whether the current micro-batch is the last before an update."""
+
+    def force_boundary(self, boundary: bool | None) -> None:
+        """The caller decides about boundaries from here on; None gives that back."""
+
+    def suspend(self, suspended: bool) -> None:
+        """Enters or leaves a stretch without communication."""
+
+    def counters(self) -> dict[str, int]:
+        """micro_steps, global_steps, global_samples, skipped_steps, optimizer_steps."""
+
+    def norm(self) -> float | None:
+        """The last boundary's global gradient norm."""
+
+    def was_applied(self) -> bool:
+        """Whether the last boundary updated the weights."""
+
+    def loss_scale(self) -> float:
+        """By what the loss is multiplied."""
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale adapts."""
+
+    def override_loss_scale(self, loss_scale: float) -> None:
+        """Fixes the loss scale."""
+
+    def batch(self) -> tuple[int, int, int]:
+        """(train_batch_size, micro batch size, accumulation steps)."""
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Changes the samples per update; the accumulation steps follow."""
+
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Changes the samples per rank and micro-batch; the samples per update follow."""
+
+    def state_json(self) -> str:
+        """Counters and loss scale, as JSON."""
+
+    def load_state_json(self, state: str) -> None:
+        """Takes back what `state_json` gave."""
+
+    def summary(self) -> str:
+        """What the engine is, in one line."""
+
+    def stage(self) -> int:
+        """The ZeRO stage."""
+
+@final
+class LoadedCheckpoint:
+    """A checkpoint whose weights and optimizer state are loaded, for what Python reads itself."""
+
+    @property
+    def tag(self) -> str:
+        """The tag."""
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that saved it."""
+
+    def face(self) -> str:
+        """What Python saved as JSON."""
+
+    def blob(self, name: str) -> bytes | None:
+        """This rank's blob, or rank 0's where fewer ranks saved."""
+
+    def read(self, name: str, kind: str, offset: int, tensor: torch.Tensor) -> bool:
+        """Reads the elements of a parameter's `kind` from `offset` on into `tensor`, cast to its dtype. False if that
+        was not saved."""
+
+    def buffer(self, name: str) -> bytes | None:
+        """The bytes of a buffer, or None if it was not saved."""
+
+def save_checkpoint(
+    engine: Engine,
+    *,
+    save_dir: str | PathLike[str],
+    tag: str,
+    fail_on_different_tags: bool,
+    save_latest: bool,
+    param_groups: Sequence[Mapping[str, Any]],
+    slices: Sequence[tuple[int, str, int, torch.Tensor]],
+    frozen: dict[str, torch.Tensor],
+    exclude_frozen: bool,
+    buffers: dict[str, torch.Tensor],
+    blobs: Sequence[tuple[str, bytes]],
+    face: str,
+) -> tuple[str, bool, Path]:
+    """Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
+
+    slices   of a client's optimizer: (index of the parameter, kind such as "exp_avg", first element, values).
+    frozen   parameters that are not trained, left out with `exclude_frozen`.
+    buffers  tensors of any dtype.
+    blobs    bytes, each rank its own.
+    face     JSON.
+    """
+
+def load_checkpoint(
+    engine: Engine,
+    *,
+    load_dir: str | PathLike[str],
+    tag: str | None,
+    module_only: bool,
+    optimizer_states: bool,
+    strict: bool,
+    param_groups: Sequence[Mapping[str, Any]],
+    frozen: dict[str, torch.Tensor],
+) -> LoadedCheckpoint | None:
+    """Loads into the engine, its parameters and the `frozen` ones. None if there is no `latest` to load."""
