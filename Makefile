@@ -30,7 +30,8 @@ wheel: $(VENV)/requirements ## Build the wheel into dist/
 	@ls -l dist/*.whl
 
 train: venv ## Train a GPT on real text: 2 ranks, bf16, ZeRO-2
-	$(BIN)/deepspeed --num_gpus $(RANKS) examples/gpt/train.py --deepspeed --deepspeed_config examples/gpt/ds_config.json $(ARGS)
+	$(BIN)/deepspeed --num_gpus $(RANKS) examples/gpt/train.py \
+	    --deepspeed --deepspeed_config examples/gpt/ds_config.json $(ARGS)
 
 test: test-rust test-python ## Run all tests
 

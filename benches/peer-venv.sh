@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Installs the peers of the benchmarks and of the golden recordings into a virtual environment of their own:
 # the original DeepSpeed, with the same torch as this project's environment.
 #
@@ -7,10 +7,10 @@
 # PYTHON chooses the interpreter (default: python3), TORCH_VERSION the torch release (default: that of .venv, where
 # there is one), DEEPSPEED_VERSION the release of the original. The original builds its CPU optimizers on first use,
 # so a C++ compiler is needed; ninja is installed here.
-set -euo pipefail
+set -eu
 
 if [ $# -ne 1 ] || [ "$1" = "-h" ] || [ "$1" = "--help" ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 

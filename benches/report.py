@@ -109,7 +109,7 @@ def budgets(table: list[Row]) -> list[tuple[str, str, str, bool]]:
 
     def check(what, limit, value, unit):
         if value is not None:
-            out.append((what, f"at most {limit:g}{unit}", f"{value:.3g}{unit}", value <= limit))
+            out.append((what, f"at most {limit:.3g}{unit}", f"{value:.3g}{unit}", value <= limit))
 
     def get(case, peer):
         return medians.get((case, peer))

@@ -138,8 +138,15 @@ def schedulers(stage: int) -> dict[str, Any]:
     engine = start(config(stage, accumulation=2), lr_scheduler=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1, 0.1))
     out["accumulated"] = rates(engine)
 
-    engine = start(config(stage, scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 4,
-                                                                           "warmup_type": "linear"}}))
+    engine = start(
+        config(
+            stage,
+            scheduler={
+                "type": "WarmupLR",
+                "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 4, "warmup_type": "linear"},
+            },
+        )
+    )
     out["own"] = rates(engine)
 
     # As lightning does: it steps the schedule itself.
@@ -147,8 +154,10 @@ def schedulers(stage: int) -> dict[str, Any]:
     engine.lr_scheduler = None
     out["taken away"] = rates(engine)
 
-    engine = start(config(stage, "fp16", fp16={"enabled": True, "initial_scale_power": 40, "hysteresis": 1}),
-                   lr_scheduler=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1, 0.1))
+    engine = start(
+        config(stage, "fp16", fp16={"enabled": True, "initial_scale_power": 40, "hysteresis": 1}),
+        lr_scheduler=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1, 0.1),
+    )
     out["skipped"] = (rates(engine, 2), engine.skipped_steps, engine.was_step_applied())
     return out
 

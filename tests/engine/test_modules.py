@@ -178,7 +178,7 @@ def two_losses() -> float:
     for rank in range(engine.world_size):
         ((model(*tokens(0, rank)) + model(*tokens(1, rank))) / engine.world_size).backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    return max(abs(a - b) for a, b in zip(flat(model), flat(engine.module)))
+    return max(abs(a - b) for a, b in zip(flat(model), flat(engine.module), strict=True))
 
 
 def test_a_module_may_be_called_twice_before_backward() -> None:
@@ -196,7 +196,7 @@ def retained() -> float:
     model = build()
     model(*tokens(0, 0)).backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    return max(abs(a - b) for a, b in zip(flat(model), flat(engine.module)))
+    return max(abs(a - b) for a, b in zip(flat(model), flat(engine.module), strict=True))
 
 
 def test_a_graph_may_be_retained() -> None:

@@ -15,26 +15,47 @@ from toy import build, config, micro_step, run, start, tokens
 def facts() -> dict[str, Any]:
     import deepspeed
 
-    settings = config(2, "fp16", accumulation=2, gradient_clipping=0.5, steps_per_print=10,
-                      scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 2}})
+    settings = config(
+        2,
+        "fp16",
+        accumulation=2,
+        gradient_clipping=0.5,
+        steps_per_print=10,
+        scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 2}},
+    )
     engine, optimizer, loader, scheduler = deepspeed.initialize(model=build(), config=settings)
     run(engine, 5)
     out: dict[str, Any] = {
         "returned": (optimizer is engine.optimizer, loader, scheduler is engine.lr_scheduler),
-        "batch": (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()),
+        "batch": (
+            engine.train_batch_size(),
+            engine.train_micro_batch_size_per_gpu(),
+            engine.gradient_accumulation_steps(),
+        ),
         "counters": (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps),
         "precision": (engine.fp16_enabled(), engine.bfloat16_enabled(), engine.fp16_auto_cast()),
         "scale": (engine.loss_scale(), engine.dynamic_loss_scale(), optimizer.loss_scale, optimizer.cur_scale),
-        "zero": (engine.zero_optimization(), engine.zero_optimization_stage(),
-                 engine.zero_optimization_partition_gradients(), engine.zero_optimization_partition_weights()),
+        "zero": (
+            engine.zero_optimization(),
+            engine.zero_optimization_stage(),
+            engine.zero_optimization_partition_gradients(),
+            engine.zero_optimization_partition_weights(),
+        ),
         "clipping": engine.gradient_clipping(),
         "names": (engine.optimizer_name(), engine.scheduler_name(), engine.scheduler_params()),
         "print": (engine.steps_per_print(), engine.wall_clock_breakdown(), engine.memory_breakdown()),
         "optimizer": (len(engine.get_lr()), [tuple(betas) for betas in engine.get_mom()], engine.get_type()),
         "boundary": engine.is_gradient_accumulation_boundary(),
         "applied": engine.was_step_applied(),
-        "ranks": (engine.global_rank, engine.world_size, engine.dp_world_size, engine.mp_world_size,
-                  engine.seq_dp_world_size, engine.get_data_parallel_rank(), engine.get_model_parallel_rank()),
+        "ranks": (
+            engine.global_rank,
+            engine.world_size,
+            engine.dp_world_size,
+            engine.mp_world_size,
+            engine.seq_dp_world_size,
+            engine.get_data_parallel_rank(),
+            engine.get_model_parallel_rank(),
+        ),
         "config": engine.config is settings or engine.config == settings,
         "stage in config": engine.config.get("zero_optimization", {}).get("stage"),
         "device": str(engine.device),
@@ -78,13 +99,44 @@ def test_facts() -> None:
     assert 0 < found["norm"] < 1e6
 
 
-ESSENTIAL = """forward backward step train eval save_checkpoint load_checkpoint save_16bit_model save_fp16_model
-    module_state_dict load_module_state_dict zero_grad is_gradient_accumulation_boundary
-    set_gradient_accumulation_boundary no_sync get_global_grad_norm was_step_applied get_lr get_mom get_type
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps set_train_batch_size
-    set_train_micro_batch_size get_batch_info scale allreduce_gradients deepspeed_io compile is_compiled destroy
-    _zero3_consolidated_16bit_state_dict _consolidated_16bit_state_dict get_data_parallel_rank
-    zero_gather_16bit_weights_on_model_save""".split()
+ESSENTIAL = [
+    "forward",
+    "backward",
+    "step",
+    "train",
+    "eval",
+    "save_checkpoint",
+    "load_checkpoint",
+    "save_16bit_model",
+    "save_fp16_model",
+    "module_state_dict",
+    "load_module_state_dict",
+    "zero_grad",
+    "is_gradient_accumulation_boundary",
+    "set_gradient_accumulation_boundary",
+    "no_sync",
+    "get_global_grad_norm",
+    "was_step_applied",
+    "get_lr",
+    "get_mom",
+    "get_type",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "set_train_batch_size",
+    "set_train_micro_batch_size",
+    "get_batch_info",
+    "scale",
+    "allreduce_gradients",
+    "deepspeed_io",
+    "compile",
+    "is_compiled",
+    "destroy",
+    "_zero3_consolidated_16bit_state_dict",
+    "_consolidated_16bit_state_dict",
+    "get_data_parallel_rank",
+    "zero_gather_16bit_weights_on_model_save",
+]
 
 
 def test_every_essential_method_exists() -> None:
@@ -136,8 +188,11 @@ def wrapping() -> dict[str, Any]:
     wrapped = Wrapper(optimizer)
     return {
         "type": type(wrapped).__name__,
-        "isinstance": (isinstance(optimizer, DeepSpeedOptimizer), isinstance(wrapped, DeepSpeedOptimizer),
-                       isinstance(optimizer, deepspeed.DeepSpeedOptimizer)),
+        "isinstance": (
+            isinstance(optimizer, DeepSpeedOptimizer),
+            isinstance(wrapped, DeepSpeedOptimizer),
+            isinstance(optimizer, deepspeed.DeepSpeedOptimizer),
+        ),
         "groups": wrapped.param_groups is optimizer.param_groups,
         "overflow": optimizer.overflow,
         "inner": hasattr(optimizer, "optimizer"),
@@ -197,8 +252,13 @@ def loaders() -> tuple[Any, ...]:
         engine.backward(engine(*batch))
         engine.step()
         seen += engine.module.seen
-    collated = engine.deepspeed_io(both, batch_size=3, route="eval", num_local_io_workers=0,
-                                   collate_fn=lambda samples: [index.item() for _, index in samples])
+    collated = engine.deepspeed_io(
+        both,
+        batch_size=3,
+        route="eval",
+        num_local_io_workers=0,
+        collate_fn=lambda samples: [index.item() for _, index in samples],
+    )
     return engine.training_dataloader is not None, len(loader), seen, list(collated)
 
 
@@ -313,3 +373,83 @@ def test_step_lines_come_every_so_often(ranks: Any, outcomes: Any) -> None:
     lines = [line for line in first.output.splitlines() if "loss" in line and "norm" in line]
     assert len(lines) == 2, first.output
     assert not [line for line in second.output.splitlines() if "norm" in line]
+
+
+def compiled() -> tuple[bool, bool, bool, bool]:
+    engine = start(config(2))
+    before = engine.is_compiled
+    engine.compile(backend="eager")
+    plain = start(config(2))
+    return before, engine.is_compiled, plain.is_compiled, run(engine, 3) == run(plain, 3)
+
+
+def test_the_module_can_be_compiled() -> None:
+    assert run_ranks(compiled, 1, deadline=120) == [(False, True, False, True)]
+
+
+def shared_mappings() -> tuple[int, int, int]:
+    import gc
+
+    def count() -> int:
+        with open("/proc/self/maps") as maps:
+            return sum("memfd:" in line for line in maps)
+
+    before = count()
+    engine = start(config(2))
+    run(engine, 2)
+    during = count()
+    engine.destroy()
+    del engine
+    gc.collect()
+    return before, during, count()
+
+
+def test_destroy_gives_the_shared_memory_back() -> None:
+    for before, during, after in run_ranks(shared_mappings, 2):
+        assert before == after == 0 < during
+
+
+class Failing(torch.autograd.Function):
+    """Raises in its backward pass when told to."""
+
+    fail = True
+
+    @staticmethod
+    def forward(_ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        if Failing.fail:
+            raise ArithmeticError("on purpose")
+        return gradient
+
+
+def backward_fails_once() -> tuple[bool, str]:
+    """A batch whose backward pass raises is left out; what comes after is as if it had never been."""
+    import toy
+
+    def make() -> Any:
+        model = build()
+        plain = model.norm.forward
+        model.norm.forward = lambda x: Failing.apply(plain(x))
+        return start(config(2, "fp16"), model)
+
+    engine = make()
+    try:
+        engine.scale(engine(*tokens(0, engine.global_rank))).backward()
+        raised = ""
+    except ArithmeticError as error:
+        raised = str(error)
+    engine.zero_grad()
+    Failing.fail = False
+    other = make()
+    for each in (engine, other):
+        for index in range(1, 4):
+            each.scale(each(*tokens(index, each.global_rank))).backward()
+            each.step()
+    return toy.digest(engine.module) == toy.digest(other.module), raised
+
+
+def test_a_batch_may_be_left_out_after_its_backward_failed() -> None:
+    assert run_ranks(backward_fails_once, 2) == [(True, "on purpose")] * 2

@@ -27,7 +27,9 @@ def read_back(folder: str) -> int:
     return engine.global_steps
 
 
-@pytest.mark.parametrize(("mode", "world", "victim"), [("forward", 2, 0), ("collective", 2, 1), ("save", 2, 1), ("save", 2, 0)])
+@pytest.mark.parametrize(
+    ("mode", "world", "victim"), [("forward", 2, 0), ("collective", 2, 1), ("save", 2, 1), ("save", 2, 0)]
+)
 def test_kill_9_at_any_moment(tmp_path: Path, mode: str, world: int, victim: int) -> None:
     with Job(tmp_path, "--num_gpus", str(world), VICTIM, "--mode", mode) as job:
         pids = job.await_ranks(world)
@@ -88,7 +90,14 @@ def test_a_misspelt_config(tmp_path: Path) -> None:
     (tmp_path / "ds_config.json").write_text('{\n  "train_batch_sizes": 8,\n  "fp16": {"enabeld": true}\n}\n')
     with Job(tmp_path, "--num_gpus", "2", VICTIM, "--config", "ds_config.json") as job:
         assert job.wait(60) == 1, job.text
-        for part in ("ds_config.json:2:3", "train_batch_sizes", "train_batch_size`", "ds_config.json:3", "enabeld", "enabled`"):
+        for part in (
+            "ds_config.json:2:3",
+            "train_batch_sizes",
+            "train_batch_size`",
+            "ds_config.json:3",
+            "enabeld",
+            "enabled`",
+        ):
             assert part in job.report, (part, job.report)
         assert job.report.count("ds_config.json:2:3") <= 3, "said for every rank again"
 
@@ -130,7 +139,9 @@ def test_bad_options(tmp_path: Path) -> None:
 
 def test_a_config_judged_without_torch(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}))
+    path.write_text(
+        json.dumps({"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2})
+    )
     with Job(tmp_path, "config", "check", "c.json", "--world-size", "2", env={"PATH": "/nonexistent"}) as job:
         assert job.wait(20) not in (0, None)
         assert "train_batch_size" in job.text and "7" in job.text

@@ -157,6 +157,9 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the module and returns what it returns."""
+        if self._collect_queued:
+            # A backward pass that raised has left this behind; what comes now is another pass.
+            self._collect_queued = self._loss_scaled = False
         self._native.mark("forward")
         try:
             if self._config.fp16_auto_cast:

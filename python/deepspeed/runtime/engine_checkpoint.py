@@ -215,7 +215,9 @@ class CheckpointMethods:
     def _client(self) -> ClientOptimizer | None:
         return getattr(self.optimizer, "client", None)
 
-    def _load_python_state(self, loaded: LoadedCheckpoint, state: dict[str, Any], optimizer: bool, scheduler: bool) -> None:
+    def _load_python_state(
+        self, loaded: LoadedCheckpoint, state: dict[str, Any], optimizer: bool, scheduler: bool
+    ) -> None:
         if optimizer and self.basic_optimizer is not None:
             client = self._client()
             if client is not None and "client_kinds" in state:

@@ -10,7 +10,7 @@ from deepspeed.ops.native_optimizer import NativeOptimizer
 class DeepSpeedCPUAdagrad(NativeOptimizer):
     """Adagrad, with L2 weight decay.
 
-    lr, eps, weight_decay  as in torch.optim.Adagrad.
+    lr, eps, weight_decay, lr_decay  as in torch.optim.Adagrad.
     amsgrad                must be False.
     fp32_optimizer_states  must be True: the sum of squares is kept in fp32.
     """
@@ -25,6 +25,7 @@ class DeepSpeedCPUAdagrad(NativeOptimizer):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         fp32_optimizer_states: bool = True,
+        lr_decay: float = 0.0,
     ):
         super().__init__(
             model_params,
@@ -34,5 +35,6 @@ class DeepSpeedCPUAdagrad(NativeOptimizer):
                 "weight_decay": weight_decay,
                 "amsgrad": amsgrad,
                 "fp32_optimizer_states": fp32_optimizer_states,
+                "lr_decay": lr_decay,
             },
         )
