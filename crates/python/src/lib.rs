@@ -15,6 +15,7 @@ mod errors;
 mod group;
 mod json;
 mod launcher;
+mod log;
 mod ops;
 mod schedules;
 mod tensors;
@@ -23,6 +24,7 @@ mod torch_transport;
 /// The native half of the `deepspeed` package.
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    log::install();
     errors::register(module)?;
     config::register(module)?;
     launcher::register(module)?;

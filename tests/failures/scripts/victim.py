@@ -22,11 +22,18 @@ if args.config:
 engine = start(config(args.stage, scheduler=None))
 micro_step(engine, 0)
 engine.save_checkpoint(args.folder, "good")
+worker = iter(())
+if args.mode == "forward":
+    # A process of the rank's own, which has to end with it.
+    loader = engine.deepspeed_io(range(1_000_000), num_local_io_workers=1)
+    worker = iter(loader)
+    next(worker)
 print(f"rank {rank} ready, process {os.getpid()}", flush=True)
 
 for index in range(1, 1_000_000):
     if args.mode == "forward":
         # Both ranks spend their time here, out of reach of any collective.
+        next(worker)
         time.sleep(0.2)
         micro_step(engine, index)
     elif args.mode == "collective":
