@@ -96,8 +96,18 @@ fn numbers(len: usize, rank: usize, dtype: DType) -> AlignedBuffer {
     out
 }
 
+/// What came out of each collective.
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    gathered: Vec<u32>,
+    squares: u64,
+    summed: Vec<u32>,
+    shard: Vec<u32>,
+    texts: Vec<Vec<u8>>,
+}
+
 /// Everything a group does, as bits.
-fn everything(group: &dyn Group) -> (Vec<u32>, u64, Vec<u32>, Vec<u32>, Vec<Vec<u8>>) {
+fn everything(group: &dyn Group) -> Outcome {
     let (rank, world) = (group.rank().index(), group.world());
     let part = 5000;
     let (head, tail) = (numbers(3000, rank, DType::BF16), numbers(4001, rank + 7, DType::BF16));
@@ -120,7 +130,13 @@ fn everything(group: &dyn Group) -> (Vec<u32>, u64, Vec<u32>, Vec<u32>, Vec<Vec<
     group.barrier("the end").unwrap();
     let texts = group.all_gather_bytes("texts", &vec![rank as u8; rank * 300]).unwrap();
     let bits = |numbers: &[f32]| numbers.iter().map(|x| x.to_bits()).collect();
-    (bits(&gathered), squares.to_bits(), bits(&summed), bits(&shard), texts)
+    Outcome {
+        gathered: bits(&gathered),
+        squares: squares.to_bits(),
+        summed: bits(&summed),
+        shard: bits(&shard),
+        texts,
+    }
 }
 
 #[test]

@@ -135,7 +135,7 @@ fn save_checkpoint(
 }
 
 /// A checkpoint whose weights and optimizer state are loaded, for what Python reads itself.
-#[pyclass(frozen, name = "LoadedCheckpoint")]
+#[pyclass(frozen, name = "LoadedCheckpoint", module = "deepspeed._native")]
 struct PyLoadedCheckpoint {
     checkpoint: Checkpoint,
     rank: Rank,

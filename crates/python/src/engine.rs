@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The engine of one rank, and the torch parameters it trains.
-#[pyclass(name = "Engine")]
+#[pyclass(name = "Engine", module = "deepspeed._native")]
 pub(crate) struct PyEngine {
     pub(crate) engine: Engine,
     names: Vec<String>,
@@ -31,7 +31,7 @@ pub(crate) struct PyEngine {
 }
 
 /// What a call of `step` did.
-#[pyclass(frozen, name = "StepReport", get_all)]
+#[pyclass(frozen, name = "StepReport", module = "deepspeed._native", get_all)]
 pub(crate) struct PyStepReport {
     boundary: bool,
     applied: bool,

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// A process group of the engine's.
-#[pyclass(name = "Group", frozen)]
+#[pyclass(name = "Group", module = "deepspeed._native", frozen)]
 pub(crate) struct PyGroup {
     inner: Arc<dyn Group>,
     // Keeps the memory file of the rank that made it, so that slow peers can still open it.
