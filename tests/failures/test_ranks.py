@@ -261,7 +261,7 @@ def fall_behind() -> str:
     micro_step(engine, 0)
     if engine.global_rank == 1:
         engine._native.mark("forward")
-        time.sleep(12)
+        time.sleep(6)
         return ""
     return said(micro_step, engine, 1)
 
@@ -310,6 +310,40 @@ def test_different_models_are_told_apart() -> None:
         assert "frozen_scale [18] torch.float32" in error and "first.weight [11, 6] torch.float32" in error, error
     for error in run_ranks(different_sizes, 2):
         assert "weight [3, 4]" in error and "weight [3, 5]" in error, error
+
+
+def different_settings(kind: str) -> str:
+    other = os.environ["RANK"] == "1"
+    settings = config(1)
+    model = build()
+    if kind == "optimizer" and other:
+        settings["optimizer"] = {"type": "Lion", "params": {}}
+    elif kind == "stage" and other:
+        settings["zero_optimization"] = {"stage": 2}
+    elif kind == "accumulation" and other:
+        settings["gradient_accumulation_steps"] = 4
+    elif kind == "precision" and other:
+        settings["bf16"] = {"enabled": True}
+    elif kind == "frozen" and other:
+        model.up.weight.requires_grad_(False)
+    return said(start, settings, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("optimizer", ("the optimizer", "Adam", "Lion")),
+        ("stage", ("the ZeRO stage: rank 0 has 1, rank 1 has 2",)),
+        ("accumulation", ("train_batch_size: rank 0 has 4, rank 1 has 16",)),
+        ("precision", ("bf16: rank 0 has False, rank 1 has True",)),
+        ("frozen", ("the trainable parameters", "rank 0 has up.weight")),
+    ],
+)
+def test_different_settings_are_told_apart(kind: str, parts: tuple[str, ...]) -> None:
+    for error in run_ranks(different_settings, 2, kind):
+        assert error.startswith("DeepSpeedConfigError: ranks disagree on "), error
+        for part in parts:
+            assert part in error, error
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------

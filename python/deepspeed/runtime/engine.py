@@ -16,6 +16,7 @@ import torch
 from deepspeed import _native
 from deepspeed import comm as dist
 from deepspeed.runtime import process_group
+from deepspeed.runtime.agreement import check_agreement
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
@@ -79,6 +80,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         self._broadcast_model(group)
         self.basic_optimizer = build_optimizer(optimizer, model_parameters, model, native_config)
         self._trained.select(self.basic_optimizer)
+        check_agreement(group, self._facts_of_all_ranks())
         self._native = _native.Engine(
             config=native_config,
             names=self._trained.names,
@@ -109,6 +111,20 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         # Ranks with different models are told apart by what is sent: its name says enough to see how they differ.
         named = {f"{name} {list(tensor.shape)} {tensor.dtype}": tensor.data for name, tensor in tensors.items()}
         group.broadcast(named, 0)
+
+    def _facts_of_all_ranks(self) -> dict[str, Any]:
+        judged = self._config
+        trained = zip(self._trained.names, self._trained.tensors, self._trained.groups, strict=True)
+        return {
+            "the trainable parameters": [f"{name} {list(p.shape)} in group {group}" for name, p, group in trained],
+            "the optimizer": _class_name(self.basic_optimizer),
+            "the ZeRO stage": judged.zero_optimization_stage,
+            "fp16": judged.fp16_enabled,
+            "bf16": judged.bfloat16_enabled,
+            "train_batch_size": judged.train_batch_size,
+            "gradient_accumulation_steps": judged.gradient_accumulation_steps,
+            "gradient_clipping": judged.gradient_clipping,
+        }
 
     def _wrap_optimizer(self) -> DeepSpeedZeroOptimizer | None:
         if self.basic_optimizer is None:

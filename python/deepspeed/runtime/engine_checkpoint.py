@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -269,8 +270,10 @@ def _unpack(data: bytes | None, what: str, folder: Any, trust: bool) -> dict[str
     except Exception as error:
         if trust:
             raise
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"the {what} of checkpoint {folder} holds objects that only its own code can rebuild, and code from a "
-            "checkpoint is not executed unless you say so: call load_checkpoint(..., trust_client_state=True) if you "
-            f"trust whoever wrote it, or torch.serialization.add_safe_globals([...]) first ({error})"
+            f"the {what} of checkpoint {folder} holds objects ({refused[1] if refused else type(error).__name__}) that "
+            "only their own code can rebuild, and code from a checkpoint is not executed unless you say so: call "
+            "load_checkpoint(..., trust_client_state=True) if you trust whoever wrote it, or "
+            "torch.serialization.add_safe_globals([...]) first"
         ) from error

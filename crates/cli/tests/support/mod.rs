@@ -56,7 +56,9 @@ impl Folder {
 
     /// The command, in this folder, with a clean environment and as on a machine without GPUs.
     pub(crate) fn deepspeed(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_deepspeed"));
+        // A test run that was started in the background ignores Ctrl-C, and the launcher would honour that.
+        let mut command = Command::new("env");
+        command.arg("--default-signal=INT").arg(env!("CARGO_BIN_EXE_deepspeed"));
         command
             .args(args)
             .current_dir(self.path())
