@@ -172,3 +172,17 @@ def test_schedules_step_with_updates(stage: int) -> None:
     assert found["own"] == pytest.approx([0.0, 0.25, 0.5, 0.75])
     assert found["taken away"] == [1e-2] * 4
     assert found["skipped"] == ([1e-2, 1e-2], 2, False)
+
+
+def with_closure() -> str:
+    model = build()
+    try:
+        start(config(0, optimizer=None), model, optimizer=torch.optim.LBFGS(model.parameters()))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    (error,) = run_ranks(with_closure, 1)
+    assert "LBFGS" in error and "closure" in error

@@ -22,7 +22,7 @@ enum ConfigCommand {
         /// The config: a file, or base64 of JSON
         file: String,
         /// The number of data-parallel ranks, to resolve the batch numbers
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        #[arg(long, alias = "world_size", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         world_size: Option<u32>,
         /// Allow "auto" where the Hugging Face Trainer or accelerate fills it in
         #[arg(long)]
@@ -77,10 +77,12 @@ fn checked(
     let Resolved { config, warnings, .. } = Config::load(file, options)?;
     let batch = match world_size {
         Some(world) => config.resolve_batch(world as usize, "--world-size")?.explanation,
-        None if config.batch.is_decidable() => "depends on the world size; give --world-size N".to_owned(),
+        None if config.batch.is_decidable() && config.batch.fits_some_world() => {
+            "depends on the world size; give --world-size N".to_owned()
+        }
         None if options.allow_auto => "filled in by the Hugging Face Trainer or accelerate".to_owned(),
-        // Wrong whatever the world size is.
-        None => config.resolve_batch(1, "")?.explanation,
+        // Wrong whatever the world size is: a world of one shows how.
+        None => config.resolve_batch(1, "no world size fits; the sum is for 1 rank")?.explanation,
     };
     let precision = match config.precision {
         Precision::Fp32 => "fp32".to_owned(),

@@ -109,3 +109,18 @@ fn explain_schema_and_reference() {
     assert!(stdout(&run(&["schema"])).starts_with("{\n  \"$schema\""));
     assert!(stdout(&run(&["reference"])).starts_with("# ds_config.json: every setting"));
 }
+
+#[test]
+fn batch_numbers_that_fit_no_world_are_an_error_without_a_world_size() {
+    let text = "{\n  \"train_batch_size\": 7,\n  \"train_micro_batch_size_per_gpu\": 2,\n  \"gradient_accumulation_steps\": 2\n}\n";
+    let path = file("batch.json", text);
+    let output = run(&["check", path.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1), "{}", stdout(&output));
+    let message = stderr(&output);
+    for part in ["train_batch_size", "no world size fits", "batch.json", "2 |"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    let fitting = file("fitting.json", &text.replace('7', "8"));
+    assert_eq!(run(&["check", fitting.to_str().unwrap(), "--world_size", "2"]).status.code(), Some(0));
+    assert_eq!(run(&["check", fitting.to_str().unwrap(), "--world_size", "3"]).status.code(), Some(1));
+}

@@ -68,6 +68,13 @@ impl BatchRequest {
         self.train.is_some() || self.micro.is_some()
     }
 
+    /// Whether some world size fits the numbers given: the samples per step must divide by those of one rank.
+    pub fn fits_some_world(&self) -> bool {
+        let factor = |given: &Option<Given>| given.as_ref().map_or(1, |it| it.value);
+        let per_rank = factor(&self.micro).saturating_mul(factor(&self.accumulation));
+        self.train.as_ref().is_none_or(|train| per_rank != 0 && train.value.is_multiple_of(per_rank))
+    }
+
     /// Derives what is missing for `world` data-parallel ranks; `world_origin` says where that number came from.
     ///
     /// # Errors

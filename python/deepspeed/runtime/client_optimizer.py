@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,12 @@ class ClientOptimizer:
         trained: TrainedParameters,
         dtype_for: Callable[[torch.dtype], torch.dtype],
     ):
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{type(optimizer).__name__} steps with a closure that computes the loss again, and engine.step() has "
+                "none: use an optimizer whose step() works on gradients alone"
+            )
         self.optimizer = optimizer
         self._native = native
         self._names = trained.names
