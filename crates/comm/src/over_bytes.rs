@@ -16,6 +16,7 @@ use deepspeed_core::{AlignedBuffer, DType, Rank, Span, SpanMut};
 
 use crate::{
     CommError,
+    chunks::{all_gather_problem, reduce_scatter_problem},
     fingerprint::{CallName, Fingerprint, Operation},
     group::{Group, Into, Pieces, PiecesMut, Produce},
     pieces::{Reducer, Reduction},
@@ -211,7 +212,7 @@ impl<T: ByteTransport> Group for OverBytes<T> {
         let wire = input.wire_dtype().unwrap_or(DType::F32);
         let part = shard.len();
         self.call(Operation::ReduceScatter, what, input.len, Some(wire), |call| {
-            if let Some(problem) = input.problem() {
+            if let Some(problem) = reduce_scatter_problem(input, part, self.world) {
                 let (rank, operation, what) = (self.rank, Operation::ReduceScatter, what.to_owned());
                 return Err(CommError::Arguments { rank, operation, what, problem });
             }
@@ -251,7 +252,7 @@ impl<T: ByteTransport> Group for OverBytes<T> {
     ) -> Result<(), CommError> {
         let part = output.len / self.world;
         self.call(Operation::AllGather, what, output.len, Some(dtype), |call| {
-            if let Some(problem) = output.problem() {
+            if let Some(problem) = all_gather_problem(output, self.world) {
                 let (rank, operation, what) = (self.rank, Operation::AllGather, what.to_owned());
                 return Err(CommError::Arguments { rank, operation, what, problem });
             }

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepspeed import _native
+from deepspeed._features import not_built
 from deepspeed.utils.logging import logger, warning_once
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class CheckpointMethods:
         with `trust_client_state=True`, which a client state of classes of one's own needs.
         """
         if custom_load_fn is not None:
-            raise NotImplementedError("load_checkpoint(custom_load_fn=...) is not built yet; docs/migration.md")
+            not_built("load_checkpoint(custom_load_fn=...)", "loading by a function of the client's")
         loaded = _native.load_checkpoint(
             self._native,
             load_dir=os.fspath(load_dir),
@@ -229,12 +230,12 @@ class CheckpointMethods:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         _set_random_states(state["random"])
 
-    @property
-    def global_steps(self) -> int:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # the engine's, which this is mixed into
 
-    def _group_options(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        @property
+        def global_steps(self) -> int: ...
+
+        def _group_options(self) -> list[dict[str, Any]]: ...
 
 
 def _random_states() -> dict[str, Any]:

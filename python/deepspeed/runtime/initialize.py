@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deepspeed._features import not_built
 from deepspeed.comm import init_distributed
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -50,11 +51,9 @@ def initialize(
     if model is None:
         raise AssertionError("deepspeed.initialize requires a model: pass model=")
     if mesh_param is not None:
-        raise NotImplementedError(
-            "mesh_param (sequence and data parallelism on a mesh) is not built; docs/migration.md"
-        )
+        not_built("deepspeed.initialize(mesh_param=...)", "sequence and data parallelism on a mesh")
     if mpu is not None and mpu.get_model_parallel_world_size() != 1:
-        raise NotImplementedError("an mpu with model parallelism is not built; docs/migration.md")
+        not_built("deepspeed.initialize(mpu=...) with a model-parallel world above 1", "model parallelism")
     chosen = _choose_config(args, config, config_params)
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     engine = DeepSpeedEngine(
