@@ -9,6 +9,7 @@ FOOTNOTES = {
     "initialize": "`deepspeed.initialize` of the model of the step benchmark",
     "step": "forward, backward and update, the median of a run; `bare` is forward and backward alone; 2 ranks, 1 thread each",
     "large": "as `step`, with 99.7 M parameters and one sample of 64 bytes a rank: the engine is what is measured",
+    "offload": "as `large`, with the optimizer's state in host memory (cpu) or in a file (nvme), at stages 2 and 3",
     "adam": "one update of 50 M fp32 parameters, one thread; `copy` and `in place` (overwriting what was read) move the same "
     "28 bytes a parameter",
     "allreduce": "32 MiB of fp32 between 2 ranks of one host; `engine` is the collective that our training step uses, the "
@@ -32,10 +33,11 @@ def rows(run: dict) -> list[Row]:
                 add("startup", peer, "s", turns, "first_line_s")
             elif group == "import":
                 add("import", peer, "s", turns, "import_s")
-            elif group in ("step", "large"):
+            elif group in ("step", "large", "offload"):
                 if peer in ("bare", "ddp"):
                     # The same for every stage, and shown beside each.
-                    for other in [c for c in run["results"] if c.startswith(case + "/")] or [case]:
+                    prefix = case.removesuffix("/bare") + "/"
+                    for other in [c for c in run["results"] if c.startswith(prefix) and c != case] or [case]:
                         add(other, peer, "ms", turns, "step_ms")
                 else:
                     add(case, peer, "ms", turns, "step_ms")
@@ -70,7 +72,11 @@ def bars(table: list[Row]) -> list[tuple[str, str, list[tuple[str, float, float,
     for case, peer, unit, values in table:
         cases.setdefault(case, []).append((peer, *spread([v for _, v in values])))
         units[case] = unit
-    return [(case, units[case], peers) for case, peers in cases.items() if not case.startswith("initialize/large")]
+    return [
+        (case, units[case], peers)
+        for case, peers in cases.items()
+        if not case.startswith(("initialize/large", "initialize/offload"))
+    ]
 
 
 def ratios(table: list[Row]) -> list[tuple[str, str, tuple[float, float, float]]]:
@@ -128,7 +134,7 @@ def budgets(table: list[Row]) -> list[tuple[str, str, str, bool]]:
     for case in sorted({case for case, _, _, _ in table}):
         if case.startswith("initialize/step"):
             check(case, 0.5, get(case, "ours"), " s")
-        if case.startswith(("step/", "large/")):
+        if case.startswith(("step/", "large/", "offload/")):
             check(
                 f"{case}: time above bare, of the original's",
                 1 / 3,
@@ -136,6 +142,10 @@ def budgets(table: list[Row]) -> list[tuple[str, str, str, bool]]:
                 "",
             )
             check(f"{case}: step, of DDP's with fused AdamW", 1.0, found.get((case, "ours / ddp")), "")
+    for prefix in sorted({case.removesuffix("/stage3") for case, _, _, _ in table if case.endswith("/stage3")}):
+        two, three = get(f"{prefix}/stage2", "ours"), get(f"{prefix}/stage3", "ours")
+        if two is not None and three is not None:
+            check(f"{prefix}: stage 3, of our own stage 2", 1.1, three / two, "")
     check("adam: of the memory's limit, in place", 1.1, found.get(("adam", "ours / in place")), "")
     gloo = [v for (case, what), v in found.items() if case == "allreduce" and what.endswith("/ gloo")]
     check("all-reduce: of Gloo's time", 1 / 8, min(gloo) if gloo else None, "")
@@ -200,6 +210,8 @@ Written by `{run["command"]}` on {run["time"][:10]}; do not edit by hand. `make 
 | load when it ended | {machine["load"]:.2f} |
 | versions | {versions} |
 | rounds | {run["rounds"]} of {run["steps"]} timed steps; every round runs every peer once, in rotating order |
+
+![medians and spread](benchmarks.svg)
 
 ## What is measured
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import report
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 WORLD = 2
-GROUPS = ("startup", "import", "step", "large", "adam", "allreduce")
+GROUPS = ("startup", "import", "step", "large", "offload", "adam", "allreduce")
 LARGE = ["--width", "768", "--layers", "14", "--length", "64", "--micro", "1"]
 
 
@@ -94,8 +95,8 @@ def cases(groups: list[str], peers: dict[str, str], torch_python: str, steps: in
         for peer, python in peers.items():
             add("import", peer, processes.single, python, [script("import_bench.py")], 120)
     for group, shape, dtypes, stages in (
-        ("step", [], ("fp32", "bf16"), (0, 1, 2)),
-        ("large", LARGE, ("bf16",), (0, 1, 2)),
+        ("step", [], ("fp32", "bf16"), (0, 1, 2, 3)),
+        ("large", LARGE, ("bf16",), (0, 1, 2, 3)),
     ):
         if group not in groups:
             continue
@@ -115,6 +116,12 @@ def cases(groups: list[str], peers: dict[str, str], torch_python: str, steps: in
                         dtype,
                         *shape,
                     )
+    if "offload" in groups:
+        add("offload/bare", "bare", step, torch_python, "--engine", "bare", "--dtype", "bf16", *LARGE)
+        for stage, device in ((2, "cpu"), (3, "cpu"), (3, "nvme")):
+            for peer, python in peers.items():
+                options = ["--stage", str(stage), "--dtype", "bf16", "--offload", device, *LARGE]
+                add(f"offload/stage{stage}/{device}", peer, step, python, *options)
     if "adam" in groups:
         for peer, python in peers.items():
             add("adam", peer, processes.single, python, [script("adam_bench.py"), "--deepspeed"], 600)
@@ -216,7 +223,9 @@ def main() -> None:
     if args.write_docs:
         with open(os.path.join(ROOT, "docs", "benchmarks.md"), "w", encoding="utf-8") as file:
             file.write(report.markdown(run, rows))
-        print("written: docs/benchmarks.md")
+        if rows:
+            shutil.copyfile(f"{name}.svg", os.path.join(ROOT, "docs", "benchmarks.svg"))
+        print("written: docs/benchmarks.md and .svg")
     if not rows:
         sys.exit("no measurement succeeded")
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import resource
+import tempfile
 import time
 
 import torch
@@ -29,7 +30,8 @@ def arguments():
     p.add_argument("--warmup", type=int, default=4)
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--clip", type=float, default=1.0)
-    p.add_argument("--offload", action="store_true")
+    p.add_argument("--offload", choices=["none", "cpu", "nvme"], default="none", help="where optimizer state lies")
+    p.add_argument("--nvme-path", default=tempfile.gettempdir(), help="the folder for --offload nvme")
     return p.parse_args()
 
 
@@ -87,8 +89,11 @@ def config(a):
         "steps_per_print": 1_000_000_000,
         "zero_optimization": {"stage": a.stage},
     }
-    if a.offload:
-        out["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if a.offload != "none":
+        offload = {"device": a.offload, "pin_memory": False}
+        if a.offload == "nvme":
+            offload |= {"nvme_path": a.nvme_path, "pipeline_read": True, "pipeline_write": True}
+        out["zero_optimization"]["offload_optimizer"] = offload
     if a.dtype != "fp32":
         out[a.dtype] = {"enabled": True}
     return out

@@ -11,7 +11,7 @@ from typing import Any, Literal, final
 
 import torch
 
-from deepspeed.runtime.torch_transport import TorchTransport
+from deepspeed.runtime.torch_transport import StoreBoard, TorchTransport
 
 SCHEDULES: list[str]
 """The names that `scheduler.type` may have, torch's own aside."""
@@ -126,6 +126,32 @@ def discover_rendezvous(environment: dict[str, str], port: int, all_sources: boo
     With `all_sources` false only RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are looked at.
     """
 
+def estimate_zero2(
+    params: int, ranks_per_host: int, hosts: int, factor: float, offload_optimizer: bool
+) -> tuple[int, int]:
+    """(bytes of host memory per host, bytes of memory per accelerator) of a run at stage 2."""
+
+def zero2_table(params: int, ranks_per_host: int, hosts: int, factor: float) -> str:
+    """All cases of stage 2, for people to read."""
+
+def estimate_zero3(
+    params: int,
+    largest_layer: int,
+    ranks_per_host: int,
+    hosts: int,
+    factor: float,
+    offload_optimizer: bool,
+    offload_param: bool,
+    zero_init: bool,
+) -> tuple[int, int, int]:
+    """(bytes of host memory per host, bytes of memory per accelerator, bytes of the largest layer) of a run at stage 3."""
+
+def zero3_table(params: int, largest_layer: int, ranks_per_host: int, hosts: int, factor: float) -> str:
+    """All cases of stage 3, for people to read."""
+
+def memory_in_use() -> dict[str, int]:
+    """The proportional set size of this process, bytes: total, anonymous, file, shared."""
+
 def optimizer_defaults(kind: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """All hyperparameters of an optimizer, the given ones checked and the others at their defaults."""
 
@@ -181,8 +207,16 @@ class Group:
         """Joins the shared memory behind `handle` as `rank`."""
 
     @staticmethod
-    def over_torch(transport: TorchTransport, rank: int, world: int, name: str) -> Group:
-        """The engine's collectives over torch.distributed; `name` is how errors call it."""
+    def over_torch(
+        transport: TorchTransport,
+        board: StoreBoard,
+        rank: int,
+        identities: list[tuple[str, tuple[int, int]]],
+        name: str,
+        deadline_seconds: float,
+    ) -> Group:
+        """The engine's collectives over torch.distributed; `name` is how errors call it. `identities` has each rank's
+        `host_identity()` and `process_identity()`."""
 
     @property
     def transport(self) -> str:
@@ -199,6 +233,9 @@ class Group:
     def handle(self) -> str | None:
         """What the other ranks need to join, where this rank made the shared memory."""
 
+    def shares_memory(self) -> bool:
+        """Whether all ranks can map the same memory."""
+
     def set_activity(self, activity: str) -> None:
         """Says what the program is doing, for the report of a rank that waits for it."""
 
@@ -214,6 +251,9 @@ class Group:
 def host_identity() -> str:
     """What tells whether two processes can share memory: the machine's boot, and the namespaces that decide whether one
     can open the other's files under /proc."""
+
+def process_identity() -> tuple[int, int]:
+    """Process id of this process, and when it started in clock ticks since boot."""
 
 def shares_memory(identities: Sequence[str], backend: str | None) -> bool:
     """Whether the engine's collectives run over shared memory: every rank on one host, and no other transport asked for
@@ -258,15 +298,18 @@ class Engine:
         tensors: Sequence[torch.Tensor],
         dtypes: Sequence[torch.dtype],
         groups: Sequence[int],
+        frozen: Sequence[tuple[str, torch.Tensor, torch.dtype]],
         optimizer: str | None,
         client: str | None,
         param_groups: Sequence[Mapping[str, Any]],
         group: Group,
         threads: int,
+        ranks_per_host: int,
     ) -> Engine:
         """An engine for `tensors` (parameters as they are before they are cast to `dtypes`), named `names`, in the
         optimizer's parameter groups `groups`. `optimizer` is the kind of an optimizer of ours, `client` the class of one
-        that is not."""
+        that is not. `frozen` are the parameters that are not trained, with the dtype to keep them in, where the stage
+        shards them."""
 
     def mark(self, phase: Literal["forward", "backward"] | None) -> None:
         """A phase of the step begins, or ends (None)."""
@@ -283,6 +326,26 @@ class Engine:
     def end_backward(self, scaled: bool, averaged: bool) -> None:
         """Takes the gradients off the parameters. `scaled` and `averaged` say whether the loss was multiplied by the
         loss scale and divided by the accumulation steps."""
+
+    def units(self) -> list[list[int]]:
+        """By unit, the indices of its parameters."""
+
+    def unit_complete(self, unit: int, scaled: bool, averaged: bool) -> int | None:
+        """Called during backward when a gradient of `unit` has appeared: reduces the unit, now or when its turn comes, if
+        the gradients that are expected are all there; else the index of a parameter that lacks one."""
+
+    def keeps_weights(self) -> bool:
+        """Whether the engine, not torch, keeps the weights: stage 3."""
+
+    def gathers_weights(self) -> bool:
+        """Whether torch's parameters are gathered from shards: stage 3 where ranks share no memory."""
+
+    def shared_weights(self) -> tuple[SharedWeights, list[int | None], list[int | None]] | None:
+        """At stage 3 on one host: what keeps the shared weights alive, and the addresses of all parameters, trained and
+        frozen, None for those without elements."""
+
+    def reload_masters(self, indices: Sequence[int]) -> None:
+        """Makes the weights of these parameters, as they are now, the fp32 masters."""
 
     def collect_leftovers(self) -> None:
         """Takes gradients that no `end_backward` has seen."""
@@ -367,8 +430,131 @@ class Engine:
     def summary(self) -> str:
         """What the engine is, in one line."""
 
+    def memory_block(self) -> str:
+        """What lies where: the memory plan, and the disk if there is state on one."""
+
+    def memory_warning(self) -> str | None:
+        """Why the plan should have been refused, where it was not because of DEEPSPEED_MEMORY_CHECK=warn."""
+
+    def memory_line(self) -> str | None:
+        """The memory plan beside what this process takes now."""
+
+    @staticmethod
+    def give_back_freed() -> None:
+        """Gives memory that the first weights took, and nobody holds any more, back to the system."""
+
     def stage(self) -> int:
         """The ZeRO stage."""
+
+def own_range(engine: Engine, index: int) -> tuple[int, int]:
+    """First element, and number of elements, of parameter `index` whose state this rank keeps."""
+
+def read_whole_state(
+    engine: Engine, index: int, kind: str, param_groups: Sequence[Mapping[str, Any]], output: torch.Tensor
+) -> bool:
+    """The whole of "fp32", "grad" or an optimizer state of parameter `index` into `output` (fp32). False where there is
+    no such state. Collective."""
+
+def read_own_state(
+    engine: Engine, index: int, kind: str, param_groups: Sequence[Mapping[str, Any]], output: torch.Tensor
+) -> bool:
+    """This rank's part, the elements of `own_range`, into `output`."""
+
+def write_own_state(
+    engine: Engine, index: int, kind: str, param_groups: Sequence[Mapping[str, Any]], values: torch.Tensor
+) -> bool:
+    """Sets this rank's part, the elements of `own_range`, to `values` (fp32)."""
+
+@final
+class Gathering:
+    """The units of an engine that gathers its weights, and which of them are whole."""
+
+    def __new__(
+        cls,
+        engine: Engine,
+        parameters: Sequence[torch.Tensor],
+        modules: Sequence[tuple[str, bool, bool, Sequence[int]]],
+        statuses: tuple[Any, Any],
+    ) -> Gathering:
+        """Releases `parameters`, trained and then frozen, whose weights `engine` has. `modules` are those of the tree, the
+        root first: path, whether it can be called, whether it is a leaf, the numbers of its own parameters. `statuses`
+        are what `ds_status` says of a whole and of a released parameter."""
+
+    def modules(self) -> list[tuple[int, int, bool]]:
+        """The modules to watch: index in the tree, number, whether it gathers units (or only needs them in backward)."""
+
+    def param_units(self) -> list[int | None]:
+        """By parameter, its unit; None for one without elements."""
+
+    def own_parts(self) -> list[tuple[int, int]]:
+        """By parameter, the address and the number of the elements that this rank keeps."""
+
+    def is_active(self, unit: int) -> bool:
+        """Whether a running module uses `unit`."""
+
+    def is_running(self) -> bool:
+        """Whether a module is running."""
+
+    def live(self) -> int:
+        """Elements that are whole now."""
+
+    def enter(self, number: int, grad: bool, in_backward: bool) -> None:
+        """The forward of module `number` begins."""
+
+    def leave(self, number: int, grad: bool, in_backward: bool, hidden: bool) -> None:
+        """The forward of module `number` is over; `hidden` says that its backward may not show when it begins."""
+
+    def borrow(self, unit: int, grad: bool, in_backward: bool) -> None:
+        """A parameter of `unit` is read by a module that does not gather it."""
+
+    def enter_backward(self, number: int, visible: bool) -> int:
+        """The backward of a call of module `number` begins; `visible` says whether `leave_backward` will be called."""
+
+    def leave_backward(self, call: int) -> None:
+        """The gradients of everything that went into the call are there."""
+
+    def gradient(self, unit: int) -> None:
+        """A gradient of `unit` has come, perhaps the last."""
+
+    def end_pass(self) -> None:
+        """The backward pass is over."""
+
+    def updated(self) -> None:
+        """The engine's shards have new values."""
+
+    def pin(self, numbers: Sequence[int]) -> None:
+        """Makes these parameters whole until `unpin`. Collective."""
+
+    def unpin(self, numbers: Sequence[int]) -> None:
+        """Takes `pin` back."""
+
+    def store(self, numbers: Sequence[int], root: int | None) -> None:
+        """Takes what rank `root` (with None, every rank) has written to these pinned parameters into shards and masters."""
+
+def load_weight(engine: Engine, number: int, whole: torch.Tensor) -> None:
+    """Gives the engine a whole parameter, by number: this rank keeps its part."""
+
+def gather_parts(group: Group, what: str, part: torch.Tensor, whole: torch.Tensor) -> None:
+    """Fills `whole` with the equally long parts of all ranks, one after another, as far as it reaches. Collective."""
+
+@final
+class SharedWeights:
+    """Memory that tensors of all ranks of a host alias; it lives as long as this."""
+
+    def set_writable(self, writable: bool) -> None:
+        """Lets the program of this rank write the weights, or no longer. A draft can be written all the time."""
+
+    def publish(self, address: int, bytes: int) -> None:
+        """Shows all ranks what this rank has written to a tensor of a draft."""
+
+    def refresh(self, address: int, bytes: int) -> None:
+        """Forgets what this rank alone has written to a tensor of a draft."""
+
+def share_draft(
+    group: Group, tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]]
+) -> tuple[SharedWeights, list[int]]:
+    """Moves tensors of a model that is being built, with the dtype to keep them in, into memory that all ranks share,
+    with rank 0's values. Returns what keeps the memory alive and each tensor's address."""
 
 @final
 class LoadedCheckpoint:

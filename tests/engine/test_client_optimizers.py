@@ -28,7 +28,7 @@ def with_client(name: str, stage: int, precision: str, callable_: bool = False) 
 def client_at_all_stages(name: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for precision in ("fp32", "bf16", "fp16"):
-        for stage in (0, 1, 2):
+        for stage in (0, 1, 2, 3):
             engine = with_client(name, stage, precision)
             out[f"{precision} {stage}"] = run(engine, 4)
             assert type(engine.basic_optimizer) is type(MAKERS[name]([torch.nn.Parameter(torch.zeros(1))]))
@@ -45,7 +45,7 @@ def test_a_client_optimizer_gives_the_same_at_every_stage(name: str, world: int)
     for result in results:
         for precision in ("fp32", "bf16", "fp16"):
             reference = results[0][f"{precision} 0"]
-            for stage in (0, 1, 2):
+            for stage in (0, 1, 2, 3):
                 found = result[f"{precision} {stage}"]
                 assert found["norms"] == reference["norms"], f"{precision} stage {stage}"
                 assert found["weights"] == reference["weights"], f"{precision} stage {stage}"
@@ -66,7 +66,7 @@ def client_as_torch(stage: int) -> float:
     return apart(flat(model), flat(engine.module))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_client_optimizer_gives_the_numbers_of_plain_torch(stage: int) -> None:
     assert max(run_ranks(client_as_torch, 2, stage)) < 1e-5
 
@@ -74,7 +74,7 @@ def test_a_client_optimizer_gives_the_numbers_of_plain_torch(stage: int) -> None
 def by_name_at_all_stages(kind: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for precision in ("fp32", "bf16"):
-        for stage in (0, 1, 2):
+        for stage in (0, 1, 2, 3):
             engine = start(config(stage, precision, optimizer={"type": kind, "params": BY_NAME[kind]}))
             assert type(engine.basic_optimizer) is getattr(torch.optim, kind)
             out[f"{precision} {stage}"] = run(engine, 3)
@@ -87,7 +87,7 @@ def test_any_optimizer_of_torch_by_name(kind: str) -> None:
     results = run_ranks(by_name_at_all_stages, 2, kind)
     for precision in ("fp32", "bf16"):
         reference = results[0][f"{precision} 0"]
-        for stage in (1, 2):
+        for stage in (1, 2, 3):
             assert results[1][f"{precision} {stage}"]["weights"] == reference["weights"]
 
 
@@ -162,7 +162,7 @@ def schedulers(stage: int) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_schedules_step_with_updates(stage: int) -> None:
     (found,) = run_ranks(schedulers, 1, stage)
     assert found["object"] == pytest.approx([0.5, 0.25, 0.125, 0.0625])

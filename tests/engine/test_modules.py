@@ -34,7 +34,7 @@ def digest_of_parameters(module: nn.Module) -> str:
     return str(flat(module))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_modules_return_what_they_like(stage: int) -> None:
     for found in run_ranks(outputs, 2, stage):
         assert found[0] == found[1] == found[2]
@@ -55,7 +55,7 @@ def parameters_of_a_toy(stage: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_tied_frozen_unused_and_empty_parameters(stage: int) -> None:
     for found in run_ranks(parameters_of_a_toy, 2, stage):
         assert {"token.weight", "mix.weight", "up.bias", "norm.weight"} <= found["changed"]

@@ -65,7 +65,18 @@ def through_and_resumed(folder: str, precision: str, saved_at: int, loaded_at: i
 
 @pytest.mark.parametrize(
     ("precision", "saved_at", "loaded_at"),
-    [("fp32", 0, 2), ("fp32", 2, 2), ("bf16", 1, 1), ("bf16", 2, 0), ("fp16", 2, 2), ("fp16", 0, 1)],
+    [
+        ("fp32", 0, 2),
+        ("fp32", 2, 2),
+        ("bf16", 1, 1),
+        ("bf16", 2, 0),
+        ("fp16", 2, 2),
+        ("fp16", 0, 1),
+        ("fp32", 3, 3),
+        ("bf16", 3, 1),
+        ("fp32", 2, 3),
+        ("fp16", 1, 3),
+    ],
 )
 def test_a_resumed_run_gives_the_bits_of_one_that_never_stopped(
     tmp_path: Path, precision: str, saved_at: int, loaded_at: int
@@ -99,7 +110,7 @@ def client_resume(folder: str, precision: str, saved_at: int, loaded_at: int) ->
     return (through, rate), (again, engine.get_lr())
 
 
-@pytest.mark.parametrize(("saved_at", "loaded_at"), [(0, 0), (1, 1), (0, 2), (2, 0)])
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(0, 0), (1, 1), (0, 2), (2, 0), (3, 3), (3, 1), (0, 3)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_client_optimizer_resumes_bit_exactly(tmp_path: Path, precision: str, saved_at: int, loaded_at: int) -> None:
     for through, again in run_ranks(client_resume, 2, str(tmp_path), precision, saved_at, loaded_at):
@@ -124,8 +135,8 @@ def start_for_worlds(stage: int, client: bool) -> Any:
     return start(config(stage, "bf16"), model)
 
 
-def read_on(folder: str, client: bool) -> tuple[str, int, Any, str]:
-    engine = start_for_worlds(1, client)
+def read_on(folder: str, client: bool, stage: int) -> tuple[str, int, Any, str]:
+    engine = start_for_worlds(stage, client)
     _, state = engine.load_checkpoint(folder)
     loaded = digest(engine.module)
     for index in range(3, 6):
@@ -141,8 +152,8 @@ def test_any_world_reads_what_any_other_wrote(tmp_path: Path, client: bool) -> N
     for world in (1, 3):
         folder = tmp_path / str(world)
         written = run_ranks(write_on, world, str(folder), client)
-        for readers in (1, 2, 4):
-            found = run_ranks(read_on, readers, str(folder), client)
+        for readers, stage in ((1, 1), (2, 3), (4, 1)):
+            found = run_ranks(read_on, readers, str(folder), client, stage)
             for rank, (loaded, steps, state, final) in enumerate(found):
                 assert loaded == written[0][0]
                 assert steps == 6
@@ -227,6 +238,28 @@ def test_code_in_a_checkpoint_is_not_executed_unasked(tmp_path: Path) -> None:
     for refused, epoch in run_ranks(own_class, 2, str(tmp_path)):
         assert "trust_client_state=True" in refused and "test_resume.Progress" in refused
         assert epoch == 4
+
+
+def own_class_on_one_rank(folder: str) -> tuple[str, str]:
+    engine = start(config(1))
+    micro_step(engine, 0)
+    state: dict[str, Any] = {"progress": Progress(4)} if engine.global_rank == 1 else {"progress": 4}
+    engine.save_checkpoint(folder, "one", client_state=state)
+    try:
+        engine.load_checkpoint(folder, "one")
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    micro_step(engine, 1)
+    _, state = engine.load_checkpoint(folder, "one", trust_client_state=True)
+    return refused, type(state["progress"]).__name__
+
+
+def test_a_client_state_refused_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
+    (one, number), (other, progress) = run_ranks(own_class_on_one_rank, 2, str(tmp_path), deadline=40)
+    assert one == other
+    assert one.startswith("rank 1: the client_state of checkpoint ") and "trust_client_state=True" in one
+    assert (number, progress) == ("int", "Progress")
 
 
 def parts(folder: str) -> dict[str, Any]:

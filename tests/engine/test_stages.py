@@ -12,13 +12,16 @@ from toy import apart, build, config, flat, micro_step, run, start
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-def all_stages(backend: str | None) -> dict[str, Any]:
+STAGES = (0, 1, 2, 3)
+
+
+def all_stages(backend: str | None, stages: tuple[int, ...] = STAGES) -> dict[str, Any]:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     out: dict[str, Any] = {"transport": None}
     for precision in PRECISIONS:
-        for stage in (0, 1, 2):
+        for stage in stages:
             engine = start(config(stage, precision, gradient_clipping=0.7))
             out["transport"] = engine._group.transport
             out[f"{precision} {stage}"] = run(engine, 6)
@@ -34,7 +37,7 @@ def test_stages_are_bit_identical(world: int) -> None:
         assert len(reference["norms"]) == 6
         assert reference["losses"][-1] < reference["losses"][0]
         for result in shared:
-            for stage in (0, 1, 2):
+            for stage in STAGES:
                 found = result[f"{precision} {stage}"]
                 assert found["norms"] == reference["norms"], f"{precision} stage {stage}"
                 assert found["weights"] == reference["weights"], f"{precision} stage {stage}"
@@ -45,8 +48,8 @@ def test_stages_are_bit_identical(world: int) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_gloo_gives_the_bits_of_shared_memory(world: int) -> None:
-    shared = run_ranks(all_stages, world, None, deadline=120)
-    gloo = run_ranks(all_stages, world, "gloo", deadline=120)
+    shared = run_ranks(all_stages, world, None, (0, 1, 2), deadline=120)
+    gloo = run_ranks(all_stages, world, "gloo", (0, 1, 2), deadline=120)
     for rank in range(world):
         assert "gloo" in gloo[rank].pop("transport")
         assert shared[rank].pop("transport") == "shared memory"
@@ -57,7 +60,7 @@ def test_gloo_gives_the_bits_of_shared_memory(world: int) -> None:
 def accumulate() -> dict[str, Any]:
     out: dict[str, Any] = {}
     for precision in PRECISIONS:
-        for stage in (0, 1, 2):
+        for stage in STAGES:
             engine = start(config(stage, precision, accumulation=3))
             found = run(engine, 9)
             out[f"{precision} {stage}"] = (found["norms"], flat(engine.module), engine.global_steps, engine.micro_steps)
@@ -73,7 +76,7 @@ def test_accumulation_agrees_among_stages(world: int) -> None:
         assert (len(norms), steps, micro_steps) == (3, 3, 9)
         tolerance = 1e-5 if precision == "fp32" else 2e-2
         for result in results:
-            for stage in (0, 1, 2):
+            for stage in STAGES:
                 found = result[f"{precision} {stage}"]
                 assert apart(norms, found[0]) < (1e-6 if precision == "fp32" else 1e-3), f"{precision} stage {stage}"
                 assert apart(weights, found[1]) < tolerance, f"{precision} stage {stage}"

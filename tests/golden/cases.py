@@ -27,12 +27,32 @@ def config(precision="fp32", stage=1, accumulation=1, clip=1.0, optimizer=ADAMW,
     return out
 
 
+def sharded(case: dict) -> dict:
+    """`case` with settings under which this small model is really taken apart at stage 3."""
+    small = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 20_000,
+        "stage3_max_live_parameters": 50_000,
+        "sub_group_size": 20_000,
+    }
+    return {**case, "zero_optimization": {**case["zero_optimization"], **small}}
+
+
 def all_cases() -> dict[str, dict]:
     cases = {}
     for precision in ("fp32", "bf16"):
         for stage in (0, 1, 2):
             for accumulation in (1, 4):
                 cases[f"{precision}-stage{stage}-accumulation{accumulation}"] = config(precision, stage, accumulation)
+
+    for precision in ("fp32", "bf16"):
+        for accumulation in (1, 4):
+            case = config(precision, 3, accumulation)
+            cases[f"{precision}-stage3-accumulation{accumulation}"] = sharded(case)
+            cases[f"clip-off-{precision}-stage3-accumulation{accumulation}"] = sharded(
+                {**case, "gradient_clipping": 0.0}
+            )
+        cases[f"clip-tight-{precision}-stage3"] = sharded(config(precision, 3, clip=0.1))
 
     schedules = {
         "warmup-linear": {

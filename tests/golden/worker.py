@@ -25,9 +25,10 @@ def number(value) -> float | None:
 def weights(module) -> dict[str, list[float]]:
     """Per parameter: sum, L2 norm, and the first, middle and last value."""
     out = {}
-    for name, parameter in module.named_parameters():
-        flat = parameter.detach().double().flatten()
-        out[name] = [number(v) for v in (flat.sum(), flat.norm(), flat[0], flat[flat.numel() // 2], flat[-1])]
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        for name, parameter in module.named_parameters():
+            flat = parameter.detach().double().flatten()
+            out[name] = [number(v) for v in (flat.sum(), flat.norm(), flat[0], flat[flat.numel() // 2], flat[-1])]
     return out
 
 

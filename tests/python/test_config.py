@@ -56,6 +56,16 @@ def test_from_a_dict_a_file_and_base64(config_file: Callable[[dict[str, Any]], P
     check(DeepSpeedConfig(base64.urlsafe_b64encode(json.dumps(CONFIG).encode()).decode()))
 
 
+def test_infinities_in_a_file_are_floats(tmp_path: Path) -> None:
+    text = '{"train_batch_size": 8, "steps_per_print": Infinity, "_mine": [-Infinity, NaN, 5e8, 3, -2, null, true, "Infinity"]}'
+    path = tmp_path / "ds_config.json"
+    path.write_text(text)
+    raw, read = DeepSpeedConfig(path)._param_dict, json.loads(text)
+    assert repr(raw) == repr(read)
+    assert raw["steps_per_print"] == float("inf")
+    json.dumps(raw)
+
+
 def test_every_annotated_attribute_is_there() -> None:
     config = DeepSpeedConfig(CONFIG)
     for name in DeepSpeedConfig.__annotations__:

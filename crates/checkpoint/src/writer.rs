@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use deepspeed_core::{Rank, Span};
+use deepspeed_core::{DType, Rank, Span};
 
 use crate::{
     BlobRecord, CheckpointError, ElementType, FileRecord, RankRecord, Result, SliceRecord, TensorRecord,
@@ -62,7 +62,13 @@ enum Content {
 struct Item<'a> {
     entry: Entry,
     content: Content,
-    bytes: Cow<'a, [u8]>,
+    bytes: Bytes<'a>,
+}
+
+/// Where the bytes of an item come from.
+enum Bytes<'a> {
+    Memory(Cow<'a, [u8]>),
+    Read(Box<dyn FnOnce() -> io::Result<Vec<u8>> + 'a>),
 }
 
 /// Collects what one rank has to save and writes it. Nothing is copied; nothing is written before
@@ -95,26 +101,51 @@ impl<'a> RankWriter<'a> {
     /// [`CheckpointError::Source`] if the slice reaches past the end of the parameter or the kind has a `/`.
     pub fn slice(&mut self, slice: SliceSource<'a>) -> Result<()> {
         let SliceSource { name, kind, shape, offset, data } = slice;
+        self.add_slice(
+            (name, kind, shape),
+            offset,
+            (data.len(), data.dtype()),
+            Bytes::Memory(data.as_bytes().into()),
+        )
+    }
+
+    /// As [`RankWriter::slice`], for `len` elements of `dtype` that `read` brings into memory when their turn comes: state
+    /// that lies elsewhere passes through memory slice by slice.
+    ///
+    /// # Errors
+    /// As [`RankWriter::slice`]. What `read` says, and a wrong number of bytes, are errors of [`RankWriter::finish`].
+    pub fn slice_from(
+        &mut self,
+        (name, kind, shape): (&str, &str, &[usize]),
+        offset: usize,
+        (len, dtype): (usize, DType),
+        read: impl FnOnce() -> io::Result<Vec<u8>> + 'a,
+    ) -> Result<()> {
+        self.add_slice((name, kind, shape), offset, (len, dtype), Bytes::Read(Box::new(read)))
+    }
+
+    fn add_slice(
+        &mut self,
+        (name, kind, shape): (&str, &str, &[usize]),
+        offset: usize,
+        (len, dtype): (usize, DType),
+        bytes: Bytes<'a>,
+    ) -> Result<()> {
         let refused = |problem: String| {
             Err(CheckpointError::Source { what: format!("`{kind}` of parameter `{name}`"), problem })
         };
         if kind.is_empty() || kind.contains('/') {
             return refused("a kind is any text without `/`, and not empty".to_owned());
         }
-        let fits = numel(shape).zip(offset.checked_add(data.len())).is_some_and(|(len, end)| end <= len);
+        let fits = numel(shape).zip(offset.checked_add(len)).is_some_and(|(len, end)| end <= len);
         if !fits {
-            return refused(format!(
-                "{} elements from {offset} do not fit into the shape {shape:?}",
-                data.len()
-            ));
+            return refused(format!("{len} elements from {offset} do not fit into the shape {shape:?}"));
         }
-        let (key, stored_shape) = header::slice_entry(kind, name, shape, offset, data.len());
-        let bytes = data.as_bytes();
-        let entry = Entry { key, dtype: data.dtype().into(), shape: stored_shape, bytes: bytes.len() };
-        let content =
-            Content::Slice { param: name.to_owned(), kind: kind.to_owned(), start: offset, len: data.len() };
+        let (key, stored_shape) = header::slice_entry(kind, name, shape, offset, len);
+        let entry = Entry { key, dtype: dtype.into(), shape: stored_shape, bytes: len * dtype.size() };
+        let content = Content::Slice { param: name.to_owned(), kind: kind.to_owned(), start: offset, len };
         let items = if kind == kind::WEIGHT { &mut self.weights } else { &mut self.optimizer };
-        items.push(Item { entry, content, bytes: Cow::Borrowed(bytes) });
+        items.push(Item { entry, content, bytes });
         Ok(())
     }
 
@@ -130,7 +161,7 @@ impl<'a> RankWriter<'a> {
             return Err(CheckpointError::Source { what: format!("tensor `{name}`"), problem });
         }
         let entry = Entry { key: name.to_owned(), dtype, shape: shape.to_vec(), bytes: bytes.len() };
-        self.weights.push(Item { entry, content: Content::Tensor, bytes: Cow::Borrowed(bytes) });
+        self.weights.push(Item { entry, content: Content::Tensor, bytes: Bytes::Memory(bytes.into()) });
         Ok(())
     }
 
@@ -139,13 +170,13 @@ impl<'a> RankWriter<'a> {
         let bytes = bytes.into();
         let shape = vec![bytes.len()];
         let entry = Entry { key: name.to_owned(), dtype: ElementType::U8, shape, bytes: bytes.len() };
-        self.extra.push(Item { entry, content: Content::Blob, bytes });
+        self.extra.push(Item { entry, content: Content::Blob, bytes: Bytes::Memory(bytes) });
     }
 
     /// Bytes that [`RankWriter::finish`] will write, without headers.
     pub fn bytes(&self) -> u64 {
         let all = [&self.weights, &self.optimizer, &self.extra];
-        all.into_iter().flatten().map(|item| item.bytes.len() as u64).sum()
+        all.into_iter().flatten().map(|item| item.entry.bytes as u64).sum()
     }
 
     /// Writes and syncs this rank's files, and says what is in them. A file without content is not made.
@@ -186,8 +217,14 @@ fn write_file(
     let path = folder.join(&name);
     // The widest elements first: then each tensor starts at a multiple of its element size, without gaps.
     items.sort_by_key(|item| std::cmp::Reverse(item.entry.dtype.size()));
-    let (entries, contents): (Vec<_>, Vec<_>) =
-        items.into_iter().map(|item| (item.entry, (item.content, item.bytes))).unzip();
+    let mut entries = Vec::with_capacity(items.len());
+    let mut contents = Vec::with_capacity(items.len());
+    let mut sources = Vec::with_capacity(items.len());
+    for Item { entry, content, bytes } in items {
+        sources.push((entry.bytes, bytes));
+        entries.push(entry);
+        contents.push(content);
+    }
     let header = header::build(&entries)
         .map_err(|problem| CheckpointError::Source { what: format!("file {name}"), problem })?;
     let total = header.len() as u64 + entries.iter().map(|entry| entry.bytes as u64).sum::<u64>();
@@ -196,7 +233,20 @@ fn write_file(
     let mut stream = Stream::new(file);
     let written = (|| {
         stream.write(&header)?;
-        contents.iter().try_for_each(|(_, bytes)| stream.write(bytes))?;
+        for (expected, bytes) in sources {
+            match bytes {
+                Bytes::Memory(bytes) => stream.write(&bytes)?,
+                Bytes::Read(read) => {
+                    let bytes = read()?;
+                    if bytes.len() != expected {
+                        let problem =
+                            format!("{} bytes of state were read, expected {expected}", bytes.len());
+                        return Err(io::Error::other(problem));
+                    }
+                    stream.write(&bytes)?;
+                }
+            }
+        }
         stream.flush()
     })();
     written.map_err(CheckpointError::io("write", &path))?;
@@ -212,7 +262,7 @@ fn write_file(
         blobs: Vec::new(),
     };
     let mut offset = header.len() as u64;
-    for (entry, (content, _)) in entries.into_iter().zip(contents) {
+    for (entry, content) in entries.into_iter().zip(contents) {
         let Entry { key, dtype, shape, bytes } = entry;
         match content {
             Content::Slice { param, kind, start, len } => {

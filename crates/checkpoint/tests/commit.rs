@@ -177,13 +177,13 @@ fn a_source_that_does_not_fit_is_refused_at_once() {
 fn buffers_of_any_type_come_back() {
     let dir = tempfile::tempdir().unwrap();
     let draft = Draft::begin(dir.path(), "t", 1).unwrap();
-    let mut writer = RankWriter::new(draft.folder(), Rank(0), 1);
     let types =
         ["torch.int64", "torch.bool", "torch.float64", "torch.uint8", "torch.complex64", "torch.bfloat16"];
     let contents: Vec<Vec<u8>> = types
         .iter()
         .map(|t| vec![7; 3 * t.parse::<deepspeed_checkpoint::ElementType>().unwrap().size()])
         .collect();
+    let mut writer = RankWriter::new(draft.folder(), Rank(0), 1);
     for (name, bytes) in types.iter().zip(&contents) {
         writer.tensor(TensorSource { name, dtype: name.parse().unwrap(), shape: &[3, 1], bytes }).unwrap();
     }

@@ -8,6 +8,8 @@ use deepspeed_config::{
     reference,
 };
 
+use crate::output::{complain, fail, print};
+
 /// The arguments of `deepspeed config`.
 #[derive(Debug, Args)]
 pub(crate) struct ConfigArgs {
@@ -119,24 +121,4 @@ fn explain_document(document: &Document, key: Option<&str>) -> ExitCode {
             Err(message) => fail(&message),
         },
     }
-}
-
-fn fail(message: &str) -> ExitCode {
-    complain(&format!("error: {message}\n"));
-    ExitCode::FAILURE
-}
-
-/// Writes a result to standard output. A reader that has gone (`| head`) is no failure.
-fn print(text: &str) -> ExitCode {
-    match std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            fail(&format!("cannot write to standard output: {error}"))
-        }
-        _ => ExitCode::SUCCESS,
-    }
-}
-
-/// Writes to standard error; when that is closed there is nobody left to tell.
-fn complain(text: &str) {
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
 }

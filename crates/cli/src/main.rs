@@ -4,9 +4,12 @@
 //! script may have any name.
 
 mod config_command;
+mod memory_command;
+mod output;
 
 use clap::Parser;
 use config_command::ConfigArgs;
+use memory_command::MemoryArgs;
 use std::env;
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -14,7 +17,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// Commands that have a name but no content yet.
-const PLANNED: [&str; 4] = ["memory", "checkpoint", "bench", "doctor"];
+const PLANNED: [&str; 3] = ["checkpoint", "bench", "doctor"];
 
 /// Checks, explains and describes ds_config.json files, without torch.
 #[derive(Debug, Parser)]
@@ -24,6 +27,15 @@ struct ConfigCommand {
     args: ConfigArgs,
 }
 
+/// Plans the memory of a run: bytes by kind, per rank and per host, against what this host has free. Exits with 1 where it
+/// does not fit, and says what to change.
+#[derive(Debug, Parser)]
+#[command(name = "deepspeed memory", bin_name = "deepspeed memory", version)]
+struct MemoryCommand {
+    #[command(flatten)]
+    args: MemoryArgs,
+}
+
 fn main() -> ExitCode {
     let args: Vec<OsString> = env::args_os().collect();
     let word = args.get(1).and_then(|word| word.to_str()).filter(|word| !Path::new(word).exists());
@@ -31,6 +43,10 @@ fn main() -> ExitCode {
         Some("config") => {
             let command = ConfigCommand::parse_from(args.into_iter().skip(1));
             config_command::run(command.args)
+        }
+        Some("memory") => {
+            let command = MemoryCommand::parse_from(args.into_iter().skip(1));
+            memory_command::run(&command.args)
         }
         Some(word) if PLANNED.contains(&word) => {
             fail(&format!("the command `{word}` is not built yet (and there is no script of that name here)"))

@@ -189,6 +189,7 @@ impl ErrorKind {
             Self::Interrupted,
             Self::Arguments,
             Self::Segment,
+            Self::Transport,
         ]
         .into_iter()
         .find(|kind| *kind as u32 == code)
@@ -215,6 +216,8 @@ pub enum Departure {
     },
     /// Its process is gone, and its parent has already taken the exit status.
     Ended,
+    /// Its connection broke, and it has said nothing since: its process, or its host, is gone.
+    Silent,
 }
 
 impl fmt::Display for Departure {
@@ -238,6 +241,7 @@ impl fmt::Display for Departure {
                 write!(f, "was killed by signal {signal}{name}")
             }
             Self::Ended => f.write_str("ended (exited or was killed)"),
+            Self::Silent => f.write_str("has fallen silent (its process, or its host, is gone)"),
         }
     }
 }
@@ -256,6 +260,10 @@ pub struct Absent {
 pub enum Place {
     /// It never joined the group.
     NotJoined,
+    /// It has left no word where ranks do so.
+    Unheard,
+    /// Its process is gone.
+    Gone(Departure),
     /// In another, earlier call.
     In(Fingerprint),
     /// In the same call, but its part does not come.
@@ -270,12 +278,15 @@ pub enum Place {
 }
 
 impl Absent {
-    fn sentence(&self, call: &CallName<'_>) -> String {
+    /// `rank 3 has not reached reduce_scatter #412 of unit blocks.7; it is in save_checkpoint`.
+    pub(crate) fn sentence(&self, call: &CallName<'_>) -> String {
         let rank = self.rank;
         match &self.place {
             Place::NotJoined => {
                 format!("rank {rank} has not reached {call}; it has not joined the group yet")
             }
+            Place::Unheard => format!("rank {rank} has not reached {call}; nothing has been heard of it"),
+            Place::Gone(how) => format!("rank {rank} has not reached {call}; it {how}"),
             Place::In(other) => format!("rank {rank} has not reached {call}; it is in {}", other.name()),
             Place::Here => format!("rank {rank} has reached {call} but does not do its part"),
             Place::Outside { activity, .. } if !activity.is_empty() => {
@@ -345,7 +356,13 @@ mod tests {
 
     #[test]
     fn kinds_survive_their_code() {
-        for kind in [ErrorKind::PeerGone, ErrorKind::Deadline, ErrorKind::Segment, ErrorKind::Io] {
+        for kind in [
+            ErrorKind::PeerGone,
+            ErrorKind::Deadline,
+            ErrorKind::Segment,
+            ErrorKind::Io,
+            ErrorKind::Transport,
+        ] {
             assert_eq!(ErrorKind::from_code(kind as u32), kind);
         }
     }

@@ -58,6 +58,12 @@ pub trait Group: Send + Sync + fmt::Debug {
     /// What carries the bytes, for the start summary: `none`, `threads`, `shared memory`, `torch.distributed (gloo)`.
     fn transport(&self) -> &str;
 
+    /// Whether all ranks can map the same memory ([`crate::Region`]): they are on one host, and nothing else was asked
+    /// for.
+    fn shares_memory(&self) -> bool {
+        false
+    }
+
     /// Says what the caller's program is doing ("save_checkpoint"), for the report of a rank that waits for it.
     fn set_activity(&self, activity: &str);
 

@@ -1,7 +1,8 @@
 //! Process groups and collectives: world of one, threads, shared memory; the watchdog.
 //!
 //! [`Group`] is what the engine sees. [`Solo`] is the group of one rank; [`SharedMemory`] joins ranks of one host,
-//! be they processes or threads, through a [`Segment`]. Whatever the transport and however it cuts its chunks, the
+//! be they processes or threads, through a [`Segment`]; [`OverBytes`] runs over anything that moves bytes, and watches over
+//! its peers through a [`Board`]. Whatever the transport and however it cuts its chunks, the
 //! same inputs give the same bits: sums are taken in fp32 and in rank order, squares in blocks of [`BLOCK`] elements.
 //!
 //! # How bytes move
@@ -43,27 +44,43 @@
 //! - **COMM-9** A rank marks a call as finished after it has consumed the call's last chunk. A peer that is gone is an
 //!   error only to a call that it had not finished; its end is looked at before its progress is.
 //!
+//! - **COMM-10** Of a [`SharedUnits`] a rank writes only its own shards, and only while no rank computes with them:
+//!   between a collective that all reach after their last use and one that all reach before their next.
+//!
 //! The processes that open a segment belong to one user and one program: the protocol protects from their death, not
 //! from their malice.
 
+mod board;
+mod byte_transport;
 mod chunks;
 mod error;
 mod fingerprint;
 mod group;
+mod lookout;
 mod over_bytes;
 mod pieces;
+mod position;
+mod region;
 mod ring;
 mod segment;
 mod shared;
+mod shared_units;
 mod solo;
+mod vigil;
 mod wait;
 mod watch;
+mod write_guard;
 
+pub use board::{Board, Farewell};
+pub use byte_transport::{ByteTransport, Progress};
 pub use error::{Absent, CommError, Departure, ErrorKind, Place};
 pub use fingerprint::{Fingerprint, Operation, WHAT_BYTES};
 pub use group::{Group, Into, Pieces, PiecesMut, Produce};
-pub use over_bytes::{ByteTransport, OverBytes};
+pub use lookout::Member;
+pub use over_bytes::OverBytes;
 pub use pieces::BLOCK;
+pub use region::{Access, Region};
 pub use segment::{MAX_WORLD, Segment};
 pub use shared::{Interrupt, Options, SharedMemory, threads};
+pub use shared_units::SharedUnits;
 pub use solo::Solo;

@@ -5,43 +5,26 @@
 //! bytes that fp32 would. Each message carries its call's fingerprint, so ranks that disagree notice.
 
 use std::{
-    fmt,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use deepspeed_core::{AlignedBuffer, DType, Rank, Span, SpanMut};
 
 use crate::{
-    CommError,
+    CommError, Options,
+    board::{Board, Farewell},
+    byte_transport::{ByteTransport, Progress},
     chunks::{all_gather_problem, reduce_scatter_problem},
     fingerprint::{CallName, Fingerprint, Operation},
     group::{Group, Into, Pieces, PiecesMut, Produce},
+    lookout::{Lookout, Member},
     pieces::{Reducer, Reduction},
+    vigil::Caller,
 };
-
-/// Moves bytes between ranks; blocking, called by every rank in the same order.
-pub trait ByteTransport: Send + Sync + fmt::Debug {
-    /// Part `r` of `send` goes to rank `r`; part `r` of `receive` comes from it. All parts are equally long.
-    ///
-    /// # Errors
-    /// What went wrong, in words.
-    fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<(), String>;
-
-    /// Every rank's bytes, equally many, in rank order.
-    ///
-    /// # Errors
-    /// What went wrong, in words.
-    fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<(), String>;
-
-    /// `root`'s bytes on every rank.
-    ///
-    /// # Errors
-    /// What went wrong, in words.
-    fn broadcast(&self, data: &mut [u8], root: Rank) -> Result<(), String>;
-}
 
 /// Bytes of a message before its payload: the fingerprint.
 const HEADER: usize = Fingerprint::BYTES;
@@ -49,7 +32,12 @@ const HEADER: usize = Fingerprint::BYTES;
 /// Bytes that [`Group::all_gather_bytes`] sends at once; longer messages take a second round.
 const INLINE: usize = 256;
 
+/// How long the transport waits at a time: as late as this, an interrupt or an error of the group ends a wait.
+const SLICE: Duration = Duration::from_millis(200);
+
 /// A process group whose bytes are moved by `T`.
+///
+/// Dropping it leaves the group.
 #[derive(Debug)]
 pub struct OverBytes<T> {
     transport: T,
@@ -59,13 +47,36 @@ pub struct OverBytes<T> {
     seq: AtomicU64,
     activity: Mutex<String>,
     failed: Mutex<Option<CommError>>,
+    lookout: Option<Lookout>,
 }
 
 impl<T: ByteTransport> OverBytes<T> {
-    /// The group of `world` ranks in which this process is `rank`; `name` says what carries the bytes.
+    /// The group of `world` ranks in which this process is `rank`; `name` says what carries the bytes. It waits as long
+    /// as its transport does.
     pub fn new(transport: T, rank: Rank, world: usize, name: String) -> Self {
         let (seq, activity, failed) = (AtomicU64::new(0), Mutex::default(), Mutex::default());
-        Self { transport, rank, world, name, seq, activity, failed }
+        Self { transport, rank, world, name, seq, activity, failed, lookout: None }
+    }
+
+    /// The same group, whose ranks tell each other on `board` where they are: a wait that lasts warns who is missing,
+    /// ends at the deadline of `options`, and ends with the same error on all ranks. `members` are the ranks' processes.
+    ///
+    /// # Errors
+    /// [`CommError::Io`] where no thread can be started.
+    pub fn watched(
+        mut self,
+        board: Box<dyn Board>,
+        members: Vec<Member>,
+        options: &Options,
+    ) -> Result<Self, CommError> {
+        assert_eq!(members.len(), self.world, "one process for each rank");
+        self.lookout = Some(Lookout::open(board, self.rank, members, options)?);
+        Ok(self)
+    }
+
+    /// How to leave the group when this process ends; nothing where it is not [`watched`](Self::watched).
+    pub fn farewell(&self) -> Option<Farewell> {
+        self.lookout.as_ref().map(Lookout::farewell)
     }
 
     /// Runs one call under its own number; after an error no further call is made.
@@ -78,6 +89,9 @@ impl<T: ByteTransport> OverBytes<T> {
         work: impl FnOnce(&Fingerprint) -> Result<R, CommError>,
     ) -> Result<R, CommError> {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed.is_none() {
+            *failed = self.lookout.as_ref().and_then(Lookout::error);
+        }
         if let Some(error) = &*failed {
             return Err(error.clone());
         }
@@ -86,20 +100,78 @@ impl<T: ByteTransport> OverBytes<T> {
         if let Some(dtype) = dtype {
             fingerprint = fingerprint.dtype(dtype);
         }
-        let result = work(&fingerprint);
-        if let Err(error) = &result {
-            *failed = Some(error.clone());
+        let Some(lookout) = &self.lookout else {
+            return work(&fingerprint).inspect_err(|error| *failed = Some(error.clone()));
+        };
+        lookout.enter(&fingerprint);
+        match work(&fingerprint) {
+            Ok(value) => {
+                lookout.finish();
+                Ok(value)
+            }
+            Err(error) => {
+                let error = lookout.settle(error);
+                *failed = Some(error.clone());
+                Err(error)
+            }
         }
-        result
+    }
+
+    fn caller(&self) -> Caller {
+        let activity = self.activity.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Caller { rank: self.rank, transport: self.name.clone(), activity }
     }
 
     fn transport_error(&self, fingerprint: &Fingerprint, problem: String) -> CommError {
-        CommError::Transport {
-            rank: self.rank,
-            call: Box::new(fingerprint.clone()),
-            transport: self.name.clone(),
-            activity: self.activity.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-            problem,
+        let Caller { rank, transport, activity } = self.caller();
+        CommError::Transport { rank, call: Box::new(fingerprint.clone()), transport, activity, problem }
+    }
+
+    /// Moves `bytes` as `begin` says, and gives them back when that is over.
+    fn moved<B>(
+        &self,
+        call: &Fingerprint,
+        mut bytes: B,
+        begin: impl FnOnce(&T, &mut B) -> Result<Progress, String>,
+    ) -> Result<B, CommError> {
+        let progress = begin(&self.transport, &mut bytes);
+        match self.complete(call, progress) {
+            Ok(()) => Ok(bytes),
+            Err(error) => {
+                // The transport may still be writing there, and this was the group's last call.
+                std::mem::forget(bytes);
+                self.transport.abandon();
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until what was begun is over.
+    fn complete(&self, call: &Fingerprint, mut progress: Result<Progress, String>) -> Result<(), CommError> {
+        let mut vigil = None;
+        loop {
+            match progress {
+                Ok(Progress::Done) => return Ok(()),
+                Ok(Progress::Interrupted) => {
+                    let (rank, operation, seq, what) =
+                        (self.rank, call.operation, call.seq, call.what.clone());
+                    return Err(CommError::Interrupted { rank, operation, seq, what });
+                }
+                Ok(Progress::Pending) | Err(_) => {}
+            }
+            let Some(lookout) = &self.lookout else {
+                progress = match progress {
+                    Err(problem) => return Err(self.transport_error(call, problem)),
+                    Ok(_) => self.transport.wait(SLICE),
+                };
+                continue;
+            };
+            let vigil = vigil.get_or_insert_with(|| lookout.vigil(self.caller(), call));
+            if let Err(problem) = progress {
+                return Err(lookout.explain(vigil, problem));
+            }
+            lookout.keep(vigil)?;
+            progress = self.transport.wait(SLICE);
         }
     }
 
@@ -126,10 +198,9 @@ impl<T: ByteTransport> OverBytes<T> {
     fn gather(&self, fingerprint: &Fingerprint, payload: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
         let mut mine = fingerprint.to_bytes().to_vec();
         mine.extend_from_slice(payload);
-        let mut all = vec![0; mine.len() * self.world];
-        self.transport
-            .all_gather(&mine, &mut all)
-            .map_err(|problem| self.transport_error(fingerprint, problem))?;
+        let all = vec![0; mine.len() * self.world];
+        let (mine, all) =
+            self.moved(fingerprint, (mine, all), |transport, (mine, all)| transport.all_gather(mine, all))?;
         let messages = all.chunks_exact(mine.len()).enumerate();
         messages.map(|(rank, message)| self.payload(fingerprint, rank, message).map(<[u8]>::to_vec)).collect()
     }
@@ -150,6 +221,9 @@ impl<T: ByteTransport> Group for OverBytes<T> {
 
     fn set_activity(&self, activity: &str) {
         activity.clone_into(&mut self.activity.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(lookout) = &self.lookout {
+            lookout.set_activity(activity);
+        }
     }
 
     fn barrier(&self, what: &str) -> Result<(), CommError> {
@@ -195,9 +269,12 @@ impl<T: ByteTransport> Group for OverBytes<T> {
         let (len, dtype) = (data.len(), data.dtype());
         self.call(Operation::Broadcast, what, len, Some(dtype), |call| {
             self.gather(call, &root.0.to_le_bytes())?;
-            self.transport
-                .broadcast(data.as_bytes_mut(), root)
-                .map_err(|problem| self.transport_error(call, problem))
+            // Through memory of the group's own: a call that fails leaves it to the transport.
+            let moved = self.moved(call, data.as_bytes_mut().to_vec(), |transport, bytes| {
+                transport.broadcast(bytes, root)
+            })?;
+            data.as_bytes_mut().copy_from_slice(&moved);
+            Ok(())
         })
     }
 
@@ -219,7 +296,7 @@ impl<T: ByteTransport> Group for OverBytes<T> {
             // A message begins at a multiple of 64 bytes, so payloads are aligned for every dtype.
             let message = (HEADER + part * wire.size()).next_multiple_of(64);
             let mut send = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
-            let mut receive = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
+            let receive = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
             for (rank, bytes) in send.span_mut().as_bytes_mut().chunks_exact_mut(message).enumerate() {
                 bytes[..HEADER].copy_from_slice(&call.to_bytes());
                 if rank != self.rank.index() {
@@ -227,9 +304,9 @@ impl<T: ByteTransport> Group for OverBytes<T> {
                     input.read(&range, &mut numbers_mut(&mut bytes[HEADER..], part, wire));
                 }
             }
-            self.transport
-                .all_to_all(send.span().as_bytes(), receive.span_mut().as_bytes_mut())
-                .map_err(|problem| self.transport_error(call, problem))?;
+            let (_, receive) = self.moved(call, (send, receive), |transport, (send, receive)| {
+                transport.all_to_all(send.span().as_bytes(), receive.span_mut().as_bytes_mut())
+            })?;
             let received = receive.span().as_bytes();
             let mut peers = Vec::with_capacity(self.world);
             for (rank, bytes) in received.chunks_exact(message).enumerate() {
@@ -258,14 +335,14 @@ impl<T: ByteTransport> Group for OverBytes<T> {
             }
             let message = (HEADER + part * dtype.size()).next_multiple_of(64);
             let mut mine = AlignedBuffer::zeroed(message / 2, DType::BF16);
-            let mut all = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
+            let all = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
             let mut mine_span = mine.span_mut();
             let bytes = mine_span.as_bytes_mut();
             bytes[..HEADER].copy_from_slice(&call.to_bytes());
             produce(0..part, numbers_mut(&mut bytes[HEADER..], part, dtype));
-            self.transport
-                .all_gather(bytes, all.span_mut().as_bytes_mut())
-                .map_err(|problem| self.transport_error(call, problem))?;
+            let (_, all) = self.moved(call, (mine, all), |transport, (mine, all)| {
+                transport.all_gather(mine.span().as_bytes(), all.span_mut().as_bytes_mut())
+            })?;
             for (rank, bytes) in all.span().as_bytes().chunks_exact(message).enumerate() {
                 let payload = self.payload(call, rank, bytes)?;
                 output.write(&(rank * part..(rank + 1) * part), numbers(payload, part, dtype));

@@ -249,6 +249,10 @@ impl Group for SharedMemory {
         self.transport
     }
 
+    fn shares_memory(&self) -> bool {
+        true
+    }
+
     fn set_activity(&self, activity: &str) {
         let _one = self.activity.lock().unwrap_or_else(PoisonError::into_inner);
         self.segment.control(self.me).activity.set(activity);

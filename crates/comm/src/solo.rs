@@ -50,6 +50,10 @@ impl Group for Solo {
         "none"
     }
 
+    fn shares_memory(&self) -> bool {
+        true
+    }
+
     fn set_activity(&self, _activity: &str) {}
 
     fn barrier(&self, what: &str) -> Result<(), CommError> {

@@ -201,7 +201,7 @@ fn place(segment: &Segment, peer: &Peer, seq: u64) -> Place {
 
 /// A peer's process, held so that its end is seen even if the pid is used again.
 #[derive(Debug)]
-enum Process {
+pub(crate) enum Process {
     /// Watched through the kernel.
     Held { pidfd: OwnedFd, pid: u32, started: u64 },
     /// Watched through `/proc`: there are no pidfds, or a sandbox forbids them.
@@ -211,7 +211,8 @@ enum Process {
 }
 
 impl Process {
-    fn observe(pid: u32, started: u64) -> Self {
+    /// Looks after the process `pid` that started at `started`.
+    pub(crate) fn observe(pid: u32, started: u64) -> Self {
         let pidfd = i32::try_from(pid)
             .ok()
             .and_then(Pid::from_raw)
@@ -226,7 +227,7 @@ impl Process {
     }
 
     /// How the process ended, if it did.
-    fn ended(&self) -> Option<Departure> {
+    pub(crate) fn ended(&self) -> Option<Departure> {
         match self {
             Self::Held { pidfd, pid, started } => {
                 let mut poll = [PollFd::new(pidfd, PollFlags::IN)];

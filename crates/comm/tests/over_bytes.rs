@@ -7,7 +7,9 @@ use std::{
     thread,
 };
 
-use deepspeed_comm::{ByteTransport, CommError, Group, Into, Options, OverBytes, Pieces, PiecesMut, threads};
+use deepspeed_comm::{
+    ByteTransport, CommError, Group, Into, Options, OverBytes, Pieces, PiecesMut, Progress, threads,
+};
 use deepspeed_core::{AlignedBuffer, DType, Rank, Span, SpanMut};
 
 /// Bytes through memory that threads share: one board per rank, and a barrier before and after each reading.
@@ -28,7 +30,7 @@ impl Board {
 }
 
 impl ByteTransport for Board {
-    fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<(), String> {
+    fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<Progress, String> {
         self.exchange(send, |posts| {
             let part = receive.len() / posts.len();
             for (peer, part_of) in receive.chunks_exact_mut(part).enumerate() {
@@ -36,22 +38,22 @@ impl ByteTransport for Board {
                 part_of.copy_from_slice(&post[self.rank * part..(self.rank + 1) * part]);
             }
         });
-        Ok(())
+        Ok(Progress::Done)
     }
 
-    fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<(), String> {
+    fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<Progress, String> {
         self.exchange(mine, |posts| {
             for (peer, part) in all.chunks_exact_mut(mine.len()).enumerate() {
                 part.copy_from_slice(&posts[peer].lock().unwrap());
             }
         });
-        Ok(())
+        Ok(Progress::Done)
     }
 
-    fn broadcast(&self, data: &mut [u8], root: Rank) -> Result<(), String> {
+    fn broadcast(&self, data: &mut [u8], root: Rank) -> Result<Progress, String> {
         let mine = data.to_vec();
         self.exchange(&mine, |posts| data.copy_from_slice(&posts[root.index()].lock().unwrap()));
-        Ok(())
+        Ok(Progress::Done)
     }
 }
 
@@ -166,13 +168,13 @@ fn a_broken_transport_is_named_with_the_call() {
     #[derive(Debug)]
     struct Broken;
     impl ByteTransport for Broken {
-        fn all_to_all(&self, _: &[u8], _: &mut [u8]) -> Result<(), String> {
+        fn all_to_all(&self, _: &[u8], _: &mut [u8]) -> Result<Progress, String> {
             Err("connection closed by peer".to_owned())
         }
-        fn all_gather(&self, _: &[u8], _: &mut [u8]) -> Result<(), String> {
+        fn all_gather(&self, _: &[u8], _: &mut [u8]) -> Result<Progress, String> {
             Err("connection closed by peer".to_owned())
         }
-        fn broadcast(&self, _: &mut [u8], _: Rank) -> Result<(), String> {
+        fn broadcast(&self, _: &mut [u8], _: Rank) -> Result<Progress, String> {
             Err("connection closed by peer".to_owned())
         }
     }

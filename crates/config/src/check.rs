@@ -8,9 +8,18 @@ use crate::{
     diagnostic::{Code, Diagnostic, nearest},
     document::Document,
     json::{self, Member, Node, Value},
-    judge::judge,
+    judge::{Misfit, judge},
     table::{self, Asks, AutoRule, Kind, Setting, Status},
 };
+
+/// What every optimizer of torch refuses: a rate or an epsilon below 0, betas outside 0 to 1.
+const FOREIGN_RANGES: &[(&str, Kind)] = &[
+    ("lr", Kind::NON_NEGATIVE),
+    ("weight_decay", Kind::NON_NEGATIVE),
+    ("momentum", Kind::NON_NEGATIVE),
+    ("eps", Kind::NON_NEGATIVE),
+    ("betas", Kind::Fractions(2)),
+];
 
 /// What a walk found. Values that failed a check are absent, so that readers fall back on defaults.
 pub(crate) struct Checked<'d> {
@@ -128,10 +137,19 @@ impl<'d> Checked<'d> {
         self.errors.push(diagnostic.hint("keep one of them"));
     }
 
-    /// Reports "auto" among parameters whose meaning only another library knows.
+    /// Judges parameters whose meaning only another library knows: those that all its optimizers judge alike, and "auto".
     pub(crate) fn foreign_params(&mut self, node: &'d Node, parent: &str) {
         for member in node.as_object().unwrap_or_default() {
             let path = join(parent, &member.key);
+            let known =
+                FOREIGN_RANGES.iter().find(|(key, _)| parent == "optimizer.params" && *key == member.key);
+            if let (Some((_, kind)), Value::Number(_) | Value::List(_)) = (known, &member.value.value)
+                && let Err(problem) = judge(*kind, &member.value)
+                && problem.code == Code::OutOfRange
+            {
+                self.misfit(*kind, &member.value, &path, problem);
+                continue;
+            }
             if member.value.as_text() == Some("auto") {
                 if let AutoRule::FilledBy(who) = table::TRAINER {
                     self.unfilled(member, &path, who);
@@ -266,20 +284,23 @@ impl<'d> Checked<'d> {
             }
         }
         if let Err(problem) = judge(setting.kind, node) {
-            let message = match problem.code {
-                Code::WrongType => format!("`{path}` cannot be {}", node.kind_name()),
-                _ => format!("`{path}` cannot be {}", excerpt(&self.document.text()[node.span.clone()])),
-            };
-            let mut diagnostic =
-                self.document.diagnostic(problem.code, path, &node.span, message, problem.label);
-            diagnostic.allowed = Some(setting.kind.allowed());
-            diagnostic.nearest = problem.nearest;
-            diagnostic.hints.extend(problem.hint);
-            self.errors.push(diagnostic);
+            self.misfit(setting.kind, node, path, problem);
             return false;
         }
         self.judge_status(setting, member, path);
         true
+    }
+
+    fn misfit(&mut self, kind: Kind, node: &Node, path: &str, problem: Misfit) {
+        let message = match problem.code {
+            Code::WrongType => format!("`{path}` cannot be {}", node.kind_name()),
+            _ => format!("`{path}` cannot be {}", excerpt(&self.document.text()[node.span.clone()])),
+        };
+        let mut diagnostic = self.document.diagnostic(problem.code, path, &node.span, message, problem.label);
+        diagnostic.allowed = Some(kind.allowed());
+        diagnostic.nearest = problem.nearest;
+        diagnostic.hints.extend(problem.hint);
+        self.errors.push(diagnostic);
     }
 
     fn judge_status(&mut self, setting: &'static Setting, member: &'d Member, path: &str) {
@@ -298,7 +319,6 @@ impl<'d> Checked<'d> {
                 );
                 diagnostic.hints.push(match asks {
                     Asks::Enabled => format!("set `{path}.enabled` to false, or delete the block"),
-                    Asks::Device => format!("set `{path}.device` to \"none\", or delete the block"),
                     _ if setting.default == "null" => "delete it".to_owned(),
                     _ => format!("delete it, or set it to {}", setting.default),
                 });
@@ -415,12 +435,6 @@ fn asks_for(asks: Asks, setting: &Setting, node: &Node) -> bool {
         Asks::Present => true,
         Asks::Never => false,
         Asks::Enabled => enabled(node) == Some(true),
-        Asks::Device => node.member("device").is_some_and(|member| {
-            member
-                .value
-                .as_text()
-                .is_some_and(|device| !["none", "auto"].contains(&&*device.to_ascii_lowercase()))
-        }),
         // The keys of a block of the table speak for themselves.
         Asks::NonDefault if matches!(setting.kind, Kind::Block | Kind::BoolOrBlock) => false,
         Asks::NonDefault => enabled(node) != Some(false) && !is_default(setting, node),

@@ -8,6 +8,7 @@ use crate::{
     batch::{Batch, BatchRequest},
     diagnostic::{Code, ConfigError},
     document::Document,
+    offload::{OffloadOptimizerConfig, OffloadParamConfig},
 };
 
 /// The dtype the model trains in.
@@ -121,7 +122,7 @@ pub struct Bf16Config {
 }
 
 /// The block `zero_optimization`, as far as it is built.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ZeroConfig {
     /// How far the model state is sharded.
     pub stage: ZeroStage,
@@ -139,6 +140,44 @@ pub struct ZeroConfig {
     pub ignore_unused_parameters: bool,
     /// Gather whole 16-bit weights when the model is saved (stage 3).
     pub gather_16bit_weights_on_model_save: bool,
+    /// What is whole at a time at stage 3, where ranks share no memory.
+    pub gathering: GatheringConfig,
+    /// The block `offload_optimizer`.
+    pub offload_optimizer: OffloadOptimizerConfig,
+    /// The block `offload_param`.
+    pub offload_param: OffloadParamConfig,
+}
+
+/// The keys `stage3_*` of `zero_optimization`, in elements.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GatheringConfig {
+    /// Gathered ahead of its use.
+    pub prefetch_bucket_size: usize,
+    /// Parameters that are not larger stay whole until the next update.
+    pub param_persistence_threshold: usize,
+    /// As long as they are not more than this together.
+    pub model_persistence_threshold: usize,
+    /// Whole at one time.
+    pub max_live_parameters: usize,
+    /// What is used again within this much stays.
+    pub max_reuse_distance: usize,
+    /// Modules that are not larger gather everything below them at once.
+    pub module_granularity_threshold: usize,
+}
+
+/// The block `aio`: how files of offloaded state are read and written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AioConfig {
+    /// Bytes in one request.
+    pub block_size: usize,
+    /// Requests in flight.
+    pub queue_depth: usize,
+    /// Rings of io_uring, or threads that share one request.
+    pub threads: usize,
+    /// Hand over requests one by one.
+    pub single_submit: bool,
+    /// Hand over and wait at the same time.
+    pub overlap_events: bool,
 }
 
 /// The block `optimizer`.
@@ -244,6 +283,8 @@ pub struct Config {
     pub memory_breakdown: bool,
     /// The block `checkpoint`.
     pub checkpoint: CheckpointConfig,
+    /// The block `aio`.
+    pub aio: AioConfig,
     pub(crate) document: Document,
     pub(crate) differences: Vec<Difference>,
 }

@@ -77,6 +77,10 @@ pub(crate) fn judge(kind: Kind, node: &Node) -> Result<(), Misfit> {
         }
         (Kind::Numbers, Value::Number(_)) => judge(Kind::NUMBER, node),
         (Kind::Numbers, Value::List(items)) => items.iter().try_for_each(|item| judge(Kind::NUMBER, item)),
+        (Kind::Rates, Value::Number(_)) => judge(Kind::NON_NEGATIVE, node),
+        (Kind::Rates, Value::List(items)) => {
+            items.iter().try_for_each(|item| judge(Kind::NON_NEGATIVE, item))
+        }
         (Kind::Choice(words), Value::Text(text)) => {
             if words.iter().any(|word| word.eq_ignore_ascii_case(text)) {
                 Ok(())
@@ -106,9 +110,10 @@ fn unquoted(kind: Kind, node: &Node) -> Option<String> {
             let lower = text.to_ascii_lowercase();
             ["true", "false"].contains(&&*lower).then(|| format!("write {lower} without quotes"))
         }
-        (Value::Text(text), Kind::Int { .. } | Kind::Float { .. } | Kind::IntOrInfinity | Kind::Numbers) => {
-            text.trim().parse::<f64>().ok().map(|_| format!("write {} without quotes", text.trim()))
-        }
+        (
+            Value::Text(text),
+            Kind::Int { .. } | Kind::Float { .. } | Kind::IntOrInfinity | Kind::Numbers | Kind::Rates,
+        ) => text.trim().parse::<f64>().ok().map(|_| format!("write {} without quotes", text.trim())),
         (Value::Number(Number::Unsigned(n @ (0 | 1))), Kind::Bool | Kind::BoolOrBlock) => {
             Some(format!("write {}", *n == 1))
         }

@@ -24,11 +24,13 @@
 mod batch;
 mod check;
 mod config;
+mod contradictions;
 mod diagnostic;
 mod document;
 pub mod explain;
 pub mod json;
 mod judge;
+mod offload;
 pub mod reference;
 mod resolve;
 mod schema;
@@ -36,11 +38,12 @@ pub mod table;
 
 pub use batch::{Batch, BatchProblem, BatchRequest, Given};
 pub use config::{
-    Bf16Config, CheckpointConfig, Config, DataTypes, Difference, Fp16Config, OptimizerConfig, Precision,
-    SchedulerConfig, TagValidation, ZeroConfig, ZeroStage,
+    AioConfig, Bf16Config, CheckpointConfig, Config, DataTypes, Difference, Fp16Config, GatheringConfig,
+    OptimizerConfig, Precision, SchedulerConfig, TagValidation, ZeroConfig, ZeroStage,
 };
 pub use diagnostic::{Code, ConfigError, Diagnostic, Label};
 pub use document::{Document, Origin, load, parse};
+pub use offload::{OffloadDevice, OffloadOptimizerConfig, OffloadParamConfig};
 pub use resolve::Resolved;
 pub use schema::json_schema;
 

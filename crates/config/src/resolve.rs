@@ -7,12 +7,14 @@ use crate::{
     batch::{BatchRequest, Given},
     check::{self, Checked},
     config::{
-        Bf16Config, CheckpointConfig, Config, DataTypes, Fp16Config, OptimizerConfig, Precision,
-        SchedulerConfig, TagValidation, ZeroConfig, ZeroStage,
+        AioConfig, Bf16Config, CheckpointConfig, Config, DataTypes, Fp16Config, GatheringConfig,
+        OptimizerConfig, Precision, SchedulerConfig, TagValidation, ZeroConfig, ZeroStage,
     },
+    contradictions,
     diagnostic::{Code, ConfigError, Diagnostic, nearest},
     document::{self, Document, Origin},
     json::{Node, Value},
+    offload,
     table::{self, Kind, Named},
 };
 
@@ -116,6 +118,16 @@ fn build(checked: &Checked<'_>) -> Config {
             ignore_unused_parameters: checked.flag("zero_optimization.ignore_unused_parameters"),
             gather_16bit_weights_on_model_save: checked
                 .flag("zero_optimization.stage3_gather_16bit_weights_on_model_save"),
+            gathering: GatheringConfig {
+                prefetch_bucket_size: size("zero_optimization.stage3_prefetch_bucket_size"),
+                param_persistence_threshold: size("zero_optimization.stage3_param_persistence_threshold"),
+                model_persistence_threshold: size("zero_optimization.stage3_model_persistence_threshold"),
+                max_live_parameters: size("zero_optimization.stage3_max_live_parameters"),
+                max_reuse_distance: size("zero_optimization.stage3_max_reuse_distance"),
+                module_granularity_threshold: size("zero_optimization.stage3_module_granularity_threshold"),
+            },
+            offload_optimizer: offload::optimizer(checked),
+            offload_param: offload::param(checked),
         },
         optimizer: checked.text("optimizer.type").map(|kind| OptimizerConfig {
             params: optimizer_params(checked, &kind),
@@ -149,6 +161,17 @@ fn build(checked: &Checked<'_>) -> Config {
                 _ => TagValidation::Warn,
             },
             load_universal: checked.flag("checkpoint.load_universal"),
+        },
+        aio: AioConfig {
+            block_size: size("aio.block_size"),
+            queue_depth: size("aio.queue_depth"),
+            // The newer name wins where both are written.
+            threads: match checked.member("aio.intra_op_parallelism") {
+                Some(_) => size("aio.intra_op_parallelism"),
+                None => size("aio.thread_count"),
+            },
+            single_submit: checked.flag("aio.single_submit"),
+            overlap_events: checked.flag("aio.overlap_events"),
         },
         document: checked.document.clone(),
         differences: checked.differences.iter().map(|(_, difference)| difference.clone()).collect(),
@@ -245,6 +268,7 @@ fn precision_rules(checked: &mut Checked<'_>) {
 }
 
 fn zero_rules(checked: &mut Checked<'_>) {
+    offload::rules(checked, zero_stage(checked));
     if let Some(member) = checked.member("zero_optimization")
         && member.value.value == Value::Bool(true)
     {
@@ -259,22 +283,6 @@ fn zero_rules(checked: &mut Checked<'_>) {
                     "",
                 )
                 .hint("write \"zero_optimization\": {\"stage\": 1}"),
-        );
-    }
-    if zero_stage(checked) == ZeroStage::Three
-        && let Some(member) = checked.member("zero_optimization.stage")
-    {
-        checked.errors.push(
-            checked
-                .document
-                .diagnostic(
-                    Code::NotBuilt,
-                    "zero_optimization.stage",
-                    &member.value.span,
-                    "`zero_optimization.stage` 3 asks for ZeRO stage 3, which is not built yet",
-                    "not built yet",
-                )
-                .hint("stages 0, 1 and 2 are built"),
         );
     }
     if let Some(member) = checked.member("zero_optimization.allgather_bucket_size")
@@ -348,7 +356,7 @@ fn named<'d>(
 }
 
 fn optimizer_rules(checked: &mut Checked<'_>) {
-    named(
+    let found = named(
         checked,
         ("optimizer", "optimizer.type", "optimizer.params"),
         table::OPTIMIZERS,
@@ -374,6 +382,9 @@ fn optimizer_rules(checked: &mut Checked<'_>) {
             }
         },
     );
+    if let Some((entry, Some(params))) = found {
+        contradictions::optimizer(checked, entry, params);
+    }
 }
 
 fn scheduler_rules(checked: &mut Checked<'_>) {
@@ -385,6 +396,9 @@ fn scheduler_rules(checked: &mut Checked<'_>) {
         |_| None,
     );
     let Some((entry, params)) = found else { return };
+    if let Some(params) = params {
+        contradictions::scheduler(checked, entry, params);
+    }
     let required: &[&str] = match entry.name {
         "WarmupDecayLR" | "WarmupCosineLR" => &["total_num_steps"],
         "OneCycle" => &["cycle_min_lr", "cycle_max_lr"],

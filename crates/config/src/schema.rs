@@ -116,6 +116,12 @@ fn of_kind(setting: &Setting) -> Json {
         Kind::Numbers => json!({
             "anyOf": [{ "type": "number" }, { "type": "array", "items": { "type": "number" } }]
         }),
+        Kind::Rates => json!({
+            "anyOf": [
+                { "type": "number", "minimum": 0 },
+                { "type": "array", "items": { "type": "number", "minimum": 0 } }
+            ]
+        }),
         Kind::Text => json!({ "type": "string" }),
         // Both cases, as far as an enumeration can say it.
         Kind::Choice(words) => {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{DType, ParamId, Rank, UnitId};
+use crate::{DType, ParamId, Rank, UnitId, blocks::blocks};
 
 /// Elements to which every shard is aligned: 256 bytes of fp32, 128 bytes of a 16-bit dtype.
 ///
@@ -141,12 +141,12 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Groups `params` into units of at least `unit_len` elements (the last of a run may be smaller) for `world`
-    /// ranks.
+    /// Groups `params` into units of at most `unit_len` elements for `world` ranks.
     ///
-    /// A unit holds consecutive parameters of one dtype; a parameter is never cut, so a unit may be larger. The
-    /// result depends on nothing else, above all not on the ZeRO stage: equal layouts are what makes the
-    /// gradient norm bit-equal at every stage.
+    /// A unit holds consecutive parameters of one dtype, whole blocks of the module tree where they fit (the dots in
+    /// names spell the tree out); a parameter is never cut, so one that is larger is a unit of its own. The result
+    /// depends on nothing else, above all not on the ZeRO stage: equal layouts are what makes the gradient norm
+    /// bit-equal at every stage.
     ///
     /// # Errors
     /// [`LayoutError`] for duplicate names, no ranks or impossible sizes.
@@ -179,17 +179,23 @@ impl Layout {
                 });
             }
         };
-        for (index, spec) in params.iter().enumerate() {
-            let len = spec.numel();
-            if len == 0 {
-                continue;
-            }
-            if open.as_ref().is_some_and(|(dtype, _, filled)| *dtype != spec.dtype || *filled >= unit_len) {
+        for block in blocks(&params, unit_len) {
+            let elements: usize = params[block.clone()].iter().map(ParamSpec::numel).sum();
+            if open.as_ref().is_some_and(|(_, _, filled)| filled.saturating_add(elements) > unit_len) {
                 close(&mut open);
             }
-            let (_, slots, filled) = open.get_or_insert_with(|| (spec.dtype, Vec::new(), 0));
-            slots.push(ParamSlot { param: ParamId::from_index(index), offset: *filled, len });
-            *filled += len;
+            for (index, spec) in block.clone().zip(&params[block]) {
+                let len = spec.numel();
+                if len == 0 {
+                    continue;
+                }
+                if open.as_ref().is_some_and(|(dtype, _, _)| *dtype != spec.dtype) {
+                    close(&mut open);
+                }
+                let (_, slots, filled) = open.get_or_insert_with(|| (spec.dtype, Vec::new(), 0));
+                slots.push(ParamSlot { param: ParamId::from_index(index), offset: *filled, len });
+                *filled += len;
+            }
         }
         close(&mut open);
         Ok(Self { params, units, world })
@@ -272,6 +278,26 @@ mod tests {
             }
             prop_assert_eq!(next.max(range.start), range.end.min(unit.filled).max(range.start));
         }
+    }
+
+    #[test]
+    fn units_are_made_of_whole_blocks() {
+        let named = |name: &str, len| ParamSpec { name: name.to_owned(), ..spec(0, len) };
+        let params = vec![
+            named("emb.weight", 30),
+            named("blocks.0.a", 20),
+            named("blocks.0.b", 20),
+            named("blocks.1.a", 20),
+            named("blocks.1.b", 20),
+            named("head.weight", 70),
+        ];
+        let layout = Layout::new(params, 1, 60).unwrap();
+        let members: Vec<Vec<usize>> = layout
+            .units
+            .iter()
+            .map(|unit| unit.slots.iter().map(|slot| slot.param.index()).collect())
+            .collect();
+        assert_eq!(members, [vec![0], vec![1, 2], vec![3, 4], vec![5]]);
     }
 
     #[test]

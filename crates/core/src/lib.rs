@@ -7,6 +7,7 @@
 //! each unit is cut into shards    [ rank 0  |  rank 1    ] [ rank 0 | rank 1 ]
 //! ```
 
+mod blocks;
 mod buffer;
 mod dtype;
 mod ids;

@@ -125,6 +125,11 @@ impl<'a> SpanMut<'a> {
         Span { ptr: self.ptr, len: self.len, dtype: self.dtype, owner: PhantomData }
     }
 
+    /// The same elements, borrowed from this span.
+    pub fn reborrow(&mut self) -> SpanMut<'_> {
+        SpanMut { ptr: self.ptr, len: self.len, dtype: self.dtype, owner: PhantomData }
+    }
+
     /// The elements `start..start + len`, borrowed from this span.
     ///
     /// # Panics

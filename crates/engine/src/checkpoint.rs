@@ -5,6 +5,7 @@
 //! others.
 
 use std::{
+    fmt::Display,
     hash::{BuildHasher, RandomState},
     path::{Path, PathBuf},
 };
@@ -14,12 +15,12 @@ use deepspeed_checkpoint::{
     TensorSource, kind,
 };
 use deepspeed_comm::Group;
-use deepspeed_core::{DType, ParamId, Rank, Span, SpanMut};
+use deepspeed_core::{DType, Layout, ParamId, ParamSpec, Rank, Span, SpanMut};
 use deepspeed_monitor::Counters;
 use deepspeed_optim::{Hyper, LossScaler, state_names};
 use serde_json::{Value, json};
 
-use crate::{Engine, EngineError};
+use crate::{Engine, EngineError, sharded_weights::Shards};
 
 /// What happens when ranks save under different tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +66,7 @@ pub struct SaveRequest<'a> {
     pub rule: TagRule,
     /// Whether `latest` names this checkpoint afterwards.
     pub save_latest: bool,
-    /// The weights, by parameter id.
+    /// The weights, by parameter id; at stage 3 the engine has them.
     pub weights: &'a [Span<'a>],
     /// The optimizer's parameter groups, for the names of its state.
     pub hypers: &'a [Hyper],
@@ -109,7 +110,7 @@ pub struct LoadOptions {
 fn agree<T>(
     group: &dyn Group,
     what: &str,
-    mine: Result<T, CheckpointError>,
+    mine: Result<T, impl Display>,
     to_bytes: impl Fn(&T) -> Vec<u8>,
 ) -> Result<(T, Vec<Vec<u8>>), EngineError> {
     let message = match &mine {
@@ -163,6 +164,9 @@ impl Engine {
     }
 
     fn check_weights_lent(&self, weights: &[Span<'_>]) -> Result<(), EngineError> {
+        if self.weights.is_some() {
+            return Ok(());
+        }
         let expected = self.layout.params.len();
         if weights.len() != expected {
             return Err(EngineError::Count { what: "weights", got: weights.len(), expected });
@@ -189,13 +193,37 @@ impl Engine {
                     offset: fragment.param_offset,
                     data,
                 };
-                let weights = request.weights[fragment.param.index()];
-                writer.slice(source(kind::WEIGHT, weights.slice(fragment.param_offset, fragment.len)))?;
+                let weights = match &self.weights {
+                    Some(weights) => weights.trained.own(unit).slice(start, fragment.len),
+                    None => {
+                        request.weights[fragment.param.index()].slice(fragment.param_offset, fragment.len)
+                    }
+                };
+                writer.slice(source(kind::WEIGHT, weights))?;
                 if let Some(master) = &shard.master {
                     writer.slice(source(kind::MASTER, Span::from(&master.as_f32()[part.clone()])))?;
                 }
                 for (name, tensor) in names.iter().zip(&shard.state) {
                     writer.slice(source(name, Span::from(&tensor.as_f32()[part.clone()])))?;
+                }
+                if let Some(offloaded) = self.offloaded.as_ref().filter(|it| it.holds(unit.id)) {
+                    let master = offloaded.has_master(unit.id).then_some((kind::MASTER, None));
+                    let states = names.iter().enumerate().map(|(index, name)| (*name, Some(index)));
+                    for (kind, state) in master.into_iter().chain(states) {
+                        let what = (spec.name.as_str(), kind, spec.shape.as_slice());
+                        writer.slice_from(
+                            what,
+                            fragment.param_offset,
+                            (fragment.len, DType::F32),
+                            move || {
+                                let mut values = vec![0.0f32; fragment.len];
+                                offloaded
+                                    .read(unit.id, state, start, SpanMut::from(&mut values[..]))
+                                    .map_err(std::io::Error::other)?;
+                                Ok(Span::from(&values[..]).as_bytes().to_vec())
+                            },
+                        )?;
+                    }
                 }
             }
         }
@@ -208,6 +236,11 @@ impl Engine {
                 offset: slice.offset,
                 data: slice.data,
             })?;
+        }
+        if let Some(weights) = &self.weights
+            && !request.exclude_frozen
+        {
+            write_shards(&mut writer, &weights.frozen_layout, &weights.frozen, rank)?;
         }
         if rank == Rank(0) {
             for frozen in request.frozen.iter().filter(|_| !request.exclude_frozen) {
@@ -230,6 +263,8 @@ impl Engine {
     }
 
     fn commit_parts(&self, request: &SaveRequest<'_>) -> CommitParts {
+        let sharded = self.weights.as_ref().map_or(&[] as &[ParamSpec], |it| &it.frozen_layout.params);
+        let sharded = sharded.iter().map(|spec| ParamRecord { group: None, ..ParamRecord::from(spec) });
         let frozen = request.frozen.iter().map(|frozen| ParamRecord {
             name: frozen.name.clone(),
             shape: frozen.shape.clone(),
@@ -240,7 +275,7 @@ impl Engine {
             world: self.group.world(),
             stage: self.settings.stage.number(),
             dtype: self.settings.precision,
-            params: self.layout.params.iter().map(ParamRecord::from).chain(frozen).collect(),
+            params: self.layout.params.iter().map(ParamRecord::from).chain(sharded).chain(frozen).collect(),
             state: {
                 let mut state = self.state();
                 state["face"] = request.face.clone();
@@ -321,8 +356,10 @@ impl Engine {
                 Some(_) | None => {}
             }
         }
+        let sharded = self.weights.as_ref().map_or(&[] as &[ParamSpec], |it| &it.frozen_layout.params);
         let ours = |name: &str| {
-            self.layout.params.iter().any(|spec| spec.name == name) || frozen.iter().any(|(it, _)| it == name)
+            self.layout.params.iter().chain(sharded).any(|spec| spec.name == name)
+                || frozen.iter().any(|(it, _)| it == name)
         };
         if options.strict {
             let extra = checkpoint.manifest().params.iter().filter(|param| !ours(&param.name));
@@ -349,29 +386,33 @@ impl Engine {
         hypers: &[Hyper],
         weights: &mut [SpanMut<'_>],
         frozen: &mut [(String, SpanMut<'_>)],
-    ) -> Result<(), CheckpointError> {
-        for (spec, weights) in self.layout.params.iter().zip(weights.iter_mut()) {
-            // fp32 weights are masters: they come from the masters of a checkpoint that was trained in 16 bits.
-            let masters = spec.dtype == DType::F32 && checkpoint.dtype(&spec.name, kind::MASTER).is_some();
-            let kind = if masters { kind::MASTER } else { kind::WEIGHT };
-            if checkpoint.param(&spec.name).is_some() {
-                read_cast(checkpoint, &spec.name, kind, 0..spec.numel(), weights)?;
+    ) -> Result<(), EngineError> {
+        let rank = self.group.rank();
+        if let Some(sharded) = &mut self.weights {
+            read_shards(checkpoint, &self.layout, &mut sharded.trained, rank)?;
+            read_shards(checkpoint, &sharded.frozen_layout, &mut sharded.frozen, rank)?;
+            self.load_masters_from_shards()?;
+        } else {
+            for (spec, weights) in self.layout.params.iter().zip(weights.iter_mut()) {
+                if checkpoint.param(&spec.name).is_some() {
+                    let kind = weight_kind(checkpoint, spec);
+                    read_cast(checkpoint, &spec.name, kind, 0..spec.numel(), weights)?;
+                }
             }
+            let spans: Vec<Span<'_>> = weights.iter().map(SpanMut::as_span).collect();
+            self.load_masters(&spans)?;
         }
         for (name, weights) in frozen.iter_mut() {
             if checkpoint.dtype(name, kind::WEIGHT).is_some() {
                 read_cast(checkpoint, name, kind::WEIGHT, 0..weights.len(), weights)?;
             }
         }
-        let rank = self.group.rank();
-        let spans: Vec<Span<'_>> = weights.iter().map(SpanMut::as_span).collect();
         let names = hypers.first().map_or(&[] as &[&str], state_names);
+        if options.module_only || !options.optimizer_states {
+            return Ok(());
+        }
         for unit in &self.layout.units {
             let shard = &mut self.shards[unit.id.index()];
-            shard.load_master(unit, rank, &spans);
-            if options.module_only || !options.optimizer_states {
-                continue;
-            }
             let range = unit.shard(rank);
             for fragment in unit.fragments(range.clone()) {
                 let name = &self.layout.param(fragment.param).name;
@@ -390,6 +431,17 @@ impl Engine {
                 for (state, tensor) in names.iter().zip(&mut shard.state) {
                     let mut target = SpanMut::from(&mut tensor.as_f32_mut()[part.clone()]);
                     read_cast(checkpoint, name, state, stored.clone(), &mut target)?;
+                }
+                if let Some(offloaded) = self.offloaded.as_ref().filter(|it| it.holds(unit.id)) {
+                    let master = offloaded.has_master(unit.id).then_some((kind::MASTER, None));
+                    let master = master.filter(|(kind, _)| checkpoint.dtype(name, kind).is_some());
+                    let states = names.iter().enumerate().map(|(index, name)| (*name, Some(index)));
+                    let mut values = vec![0.0f32; fragment.len];
+                    for (kind, state) in master.into_iter().chain(states) {
+                        let mut target = SpanMut::from(&mut values[..]);
+                        read_cast(checkpoint, name, kind, stored.clone(), &mut target)?;
+                        offloaded.write(unit.id, state, start, Span::from(&values[..]))?;
+                    }
                 }
             }
         }
@@ -426,6 +478,58 @@ impl Engine {
         self.restart_window();
         Ok(())
     }
+}
+
+/// Where the weights of a parameter are read from: fp32 weights are masters, so they come from the masters of a checkpoint
+/// that was trained in 16 bits.
+fn weight_kind(checkpoint: &Checkpoint, spec: &ParamSpec) -> &'static str {
+    let masters = spec.dtype == DType::F32 && checkpoint.dtype(&spec.name, kind::MASTER).is_some();
+    if masters { kind::MASTER } else { kind::WEIGHT }
+}
+
+/// Reads this rank's shards of the weights.
+fn read_shards(
+    checkpoint: &Checkpoint,
+    layout: &Layout,
+    shards: &mut Shards,
+    rank: Rank,
+) -> Result<(), CheckpointError> {
+    for (unit, mut own) in layout.units.iter().zip(shards.own_mut()) {
+        let range = unit.shard(rank);
+        for fragment in unit.fragments(range.clone()) {
+            let spec = layout.param(fragment.param);
+            if checkpoint.dtype(&spec.name, kind::WEIGHT).is_none() {
+                continue;
+            }
+            let stored = fragment.param_offset..fragment.param_offset + fragment.len;
+            let mut target = own.slice_mut(fragment.unit_offset - range.start, fragment.len);
+            read_cast(checkpoint, &spec.name, weight_kind(checkpoint, spec), stored, &mut target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes this rank's shards of weights that have nothing else.
+fn write_shards<'a>(
+    writer: &mut RankWriter<'a>,
+    layout: &'a Layout,
+    shards: &'a Shards,
+    rank: Rank,
+) -> Result<(), CheckpointError> {
+    for unit in &layout.units {
+        let range = unit.shard(rank);
+        for fragment in unit.fragments(range.clone()) {
+            let spec = layout.param(fragment.param);
+            writer.slice(SliceSource {
+                name: &spec.name,
+                kind: kind::WEIGHT,
+                shape: &spec.shape,
+                offset: fragment.param_offset,
+                data: shards.own(unit).slice(fragment.unit_offset - range.start, fragment.len),
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// Reads `range` of a parameter's `kind` into `target`, cast to its dtype.

@@ -2,7 +2,7 @@
 
 use deepspeed_zero::Residency;
 
-use crate::EngineError;
+use crate::{EngineError, OptimizerChoice};
 
 /// The optimizers of `torch.optim` that look at each element alone, so that a shard is as good as a whole parameter.
 const ELEMENT_WISE: [&str; 11] =
@@ -18,6 +18,22 @@ pub(crate) fn check_client(class: &str, state: Residency, allow_untested: bool) 
     Err(EngineError::Usage(format!(
         "{class} is not known to work on shards of parameters, which is what ZeRO stages 1 and 2 give it. If it looks at \
          each element alone, set zero_allow_untested_optimizer to true; if not, use stage 0"
+    )))
+}
+
+/// Refuses to keep state on a disk for an optimizer whose update does not stream through memory once.
+pub(crate) fn check_offload(optimizer: &OptimizerChoice) -> Result<(), EngineError> {
+    let reason = match optimizer {
+        OptimizerChoice::Native(kind) if kind.is_elementwise() => return Ok(()),
+        OptimizerChoice::Native(kind) => {
+            format!("{kind} needs the norms of whole parameters before it updates")
+        }
+        OptimizerChoice::Client { class } => format!("{class} keeps its state itself"),
+        OptimizerChoice::Absent => "there is no optimizer".to_owned(),
+    };
+    Err(EngineError::Usage(format!(
+        "zero_optimization.offload_optimizer.device \"nvme\" streams the state of Adam, AdamW, SGD, Adagrad and Lion by \
+         the config's optimizer block, and {reason}: use one of these, or device \"cpu\""
     )))
 }
 

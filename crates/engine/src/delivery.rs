@@ -1,26 +1,47 @@
 //! Which parameters ever got a gradient: a parameter that never does is a defect worth a name.
 
 use deepspeed_comm::{CommError, Group};
-use deepspeed_core::{Layout, Span};
+use deepspeed_core::{Layout, ParamId, Span};
 
-/// Remembers, until the first boundary, which parameters delivered a gradient on this rank.
+/// Remembers which parameters delivered a gradient on this rank: until the first boundary, and in the last pass.
 #[derive(Debug)]
 pub(crate) struct Delivery {
     delivered: Vec<bool>,
     checked: bool,
+    /// In the current pass.
+    this_pass: Vec<bool>,
+    /// In the last pass; all, before the first.
+    last_pass: Vec<bool>,
 }
 
 impl Delivery {
     pub(crate) fn new(params: usize) -> Self {
-        Self { delivered: vec![false; params], checked: false }
+        Self {
+            delivered: vec![false; params],
+            checked: false,
+            this_pass: vec![false; params],
+            last_pass: vec![true; params],
+        }
     }
 
     pub(crate) fn record(&mut self, gradients: &[Option<Span<'_>>]) {
-        if !self.checked {
-            for (delivered, gradient) in self.delivered.iter_mut().zip(gradients) {
-                *delivered |= gradient.is_some();
-            }
+        for (delivered, gradient) in self.this_pass.iter_mut().zip(gradients) {
+            *delivered |= gradient.is_some();
         }
+    }
+
+    /// The backward pass is over.
+    pub(crate) fn end_pass(&mut self) {
+        for (delivered, now) in self.delivered.iter_mut().zip(&self.this_pass) {
+            *delivered |= now;
+        }
+        std::mem::swap(&mut self.last_pass, &mut self.this_pass);
+        self.this_pass.fill(false);
+    }
+
+    /// Whether a gradient of `param` is worth waiting for: it had one in the last pass.
+    pub(crate) fn expects(&self, param: ParamId) -> bool {
+        self.last_pass[param.index()]
     }
 
     /// At the first boundary: the names of parameters that got a gradient on no rank. `None` at later ones.

@@ -2,22 +2,23 @@
 
 use std::{sync::Arc, time::Instant};
 
-use deepspeed_comm::{Group, Into, Pieces};
-use deepspeed_core::{AlignedBuffer, DType, Layout, ParamSpec, Span, SpanMut, Unit};
+use deepspeed_comm::{CommError, Group};
+use deepspeed_core::{Layout, ParamSpec, SpanMut};
 use deepspeed_kernels::parallel::Workers;
 use deepspeed_monitor::{Counters, Phase, StepLine, Stopwatch};
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
 use deepspeed_zero::{
-    AlreadyUpdated, Exchange, LocalAccumulator, Policy, ReduceAt, UnitShard, gather_gradients, publish,
-    reduce_unit, unit_name,
+    AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, ReductionOrder, Residency,
+    ShardUpdate, UnitShard, Weights, gather_gradients, publish,
 };
 
 use crate::{
     Accumulation, Decision, EngineError, Settings,
-    client::check_client,
+    client::{check_client, check_offload},
     decide,
     delivery::Delivery,
     nonfinite,
+    sharded_weights::{ShardedWeights, Shards},
     update::{ElementWise, Lamb},
 };
 
@@ -78,21 +79,35 @@ pub struct Engine {
     pub(crate) policy: Policy,
     pub(crate) optimizer: OptimizerChoice,
     pub(crate) shards: Vec<UnitShard>,
+    /// State tensors of the optimizer.
+    pub(crate) states: usize,
+    /// Masters and optimizer state of the first units, where they lie on a disk.
+    pub(crate) offloaded: Option<OffloadedState>,
+    /// The weights, at stage 3.
+    pub(crate) weights: Option<ShardedWeights>,
     pub(crate) scaler: LossScaler,
     pub(crate) counters: Counters,
     pub(crate) accumulation: Accumulation,
-    exchange: Exchange,
-    accumulator: LocalAccumulator,
-    delivery: Delivery,
+    pub(crate) exchange: Exchange,
+    pub(crate) accumulator: LocalAccumulator,
+    pub(crate) delivery: Delivery,
     unused: Vec<String>,
-    /// Whether the shards hold gradients of the current accumulation.
-    reduced: bool,
+    pub(crate) order: ReductionOrder,
+    /// By unit id: whether the shard holds gradients of the current accumulation.
+    pub(crate) reduced: Vec<bool>,
     pub(crate) norm: Option<f64>,
     pub(crate) applied: bool,
     loss: Option<f64>,
     workers: Workers,
     watch: Stopwatch,
     window: Window,
+}
+
+/// What an update that needs a pass of its own before it works on.
+struct UpdateParts<'a> {
+    layout: &'a Layout,
+    shards: &'a mut [UnitShard],
+    group: &'a dyn Group,
 }
 
 /// Where the last step line ended.
@@ -104,15 +119,17 @@ struct Window {
 }
 
 impl Engine {
-    /// An engine for `params` (the trainable ones, in registration order, the same on every rank).
+    /// An engine for `params` (the trainable ones, in registration order, the same on every rank) and, at stage 3,
+    /// `frozen` (the others). Collective at stage 3.
     ///
     /// `hypers` are the optimizer's parameter groups, which decide how many state tensors there are.
     ///
     /// # Errors
-    /// [`EngineError::Layout`].
+    /// [`EngineError::Layout`]; [`EngineError::Comm`] where memory for the weights is refused.
     pub fn new(
         settings: Settings,
         params: Vec<ParamSpec>,
+        frozen: Vec<ParamSpec>,
         optimizer: OptimizerChoice,
         hypers: &[Hyper],
         scaler: LossScaler,
@@ -137,10 +154,51 @@ impl Engine {
             settings.prescale_gradients,
             settings.gradient_predivide_factor,
         );
+        let offloaded = match &settings.offload {
+            None => None,
+            Some(offload) => {
+                check_offload(&optimizer)?;
+                Some(OffloadedState::create(&offload.plan(), &layout, states)?)
+            }
+        };
+        let weights = match policy.weights {
+            Residency::Whole => None,
+            Residency::Shard => {
+                let folder = settings.weights_folder.as_deref();
+                if let Some(folder) = folder
+                    && !group.shares_memory()
+                {
+                    return Err(EngineError::Usage(format!(
+                        "zero_optimization.offload_param.device \"nvme\" keeps the weights in a file in {} that the ranks of \
+                         a host share, and ranks over {} share none: leave offload_param out, or use device \"cpu\"",
+                        folder.display(),
+                        group.transport()
+                    )));
+                }
+                let frozen_layout = Layout::new(frozen, group.world(), settings.unit_len)?;
+                Some(ShardedWeights {
+                    trained: Shards::new(&*group, "weights", &layout, folder)?,
+                    frozen: Shards::new(&*group, "frozen weights", &frozen_layout, folder)?,
+                    frozen_layout,
+                })
+            }
+        };
         Ok(Self {
             policy,
             optimizer,
-            shards: layout.units.iter().map(|unit| UnitShard::new(unit, states)).collect(),
+            weights,
+            order: ReductionOrder::new(layout.units.len()),
+            reduced: vec![false; layout.units.len()],
+            shards: layout
+                .units
+                .iter()
+                .map(|unit| match &offloaded {
+                    Some(offloaded) if offloaded.holds(unit.id) => UnitShard::of_gradients(unit),
+                    _ => UnitShard::new(unit, states),
+                })
+                .collect(),
+            states,
+            offloaded,
             scaler,
             counters: Counters::default(),
             accumulation: Accumulation::new(settings.accumulation_steps),
@@ -148,7 +206,6 @@ impl Engine {
             accumulator: LocalAccumulator::default(),
             delivery: Delivery::new(layout.params.len()),
             unused: Vec::new(),
-            reduced: false,
             norm: None,
             applied: false,
             loss: None,
@@ -160,21 +217,6 @@ impl Engine {
             settings,
             group,
         })
-    }
-
-    /// Makes `params` (whole, by parameter id, any dtype) the fp32 masters of this rank's shards.
-    ///
-    /// # Errors
-    /// [`EngineError::Count`] or [`EngineError::Length`].
-    pub fn load_masters(&mut self, params: &[Span<'_>]) -> Result<(), EngineError> {
-        self.check_count("weights", params.len(), self.layout.params.len())?;
-        for (spec, span) in self.layout.params.iter().zip(params) {
-            check_length("weights", spec, span.len())?;
-        }
-        for unit in &self.layout.units {
-            self.shards[unit.id.index()].load_master(unit, self.group.rank(), params);
-        }
-        Ok(())
     }
 
     /// The factor for the loss (or for the gradient of the model's output) before backward: the loss scale, divided
@@ -218,64 +260,6 @@ impl Engine {
         self.settings.steps_per_print.is_some_and(|every| every > 0 && step.is_multiple_of(every))
     }
 
-    /// Takes the gradients of one backward pass, by parameter id; the memory is free again afterwards.
-    ///
-    /// `factor` is what the loss lacks of [`loss_factor`](Self::loss_factor): 1 where it was multiplied by that, else
-    /// the gradients are multiplied here, which is the same but for what fp16 has lost by then.
-    ///
-    /// # Errors
-    /// [`EngineError::Comm`], or a gradient that does not fit its parameter.
-    pub fn end_backward(&mut self, gradients: &[Option<Span<'_>>], factor: f32) -> Result<(), EngineError> {
-        if factor != 1.0 {
-            let scaled: Vec<Option<AlignedBuffer>> =
-                gradients.iter().map(|gradient| gradient.map(|span| scaled_copy(span, factor))).collect();
-            let spans: Vec<Option<Span<'_>>> =
-                scaled.iter().map(|buffer| buffer.as_ref().map(AlignedBuffer::span)).collect();
-            return self.collect(&spans, true);
-        }
-        self.collect(gradients, false)
-    }
-
-    /// `in_fp32`: the gradients are fp32 copies rather than the framework's own.
-    fn collect(&mut self, gradients: &[Option<Span<'_>>], in_fp32: bool) -> Result<(), EngineError> {
-        self.check_count("gradients", gradients.len(), self.layout.params.len())?;
-        for (spec, gradient) in self.layout.params.iter().zip(gradients) {
-            if let Some(gradient) = gradient {
-                check_length("gradient", spec, gradient.len())?;
-            }
-        }
-        self.mark(Some(Phase::Reduce));
-        self.delivery.record(gradients);
-        let boundary = self.accumulation.is_boundary();
-        let each_time = self.policy.reduce == ReduceAt::MicroBatch && !self.accumulation.is_suspended();
-        if each_time || (boundary && !self.accumulator.is_filled()) {
-            self.reduce(|_, unit| pieces(unit, gradients, in_fp32))?;
-        } else {
-            self.accumulator.add(&self.layout, gradients);
-            if boundary {
-                let mut accumulator = std::mem::take(&mut self.accumulator);
-                let reduced = self.reduce(|layout, unit| accumulator.pieces(layout, unit.id));
-                accumulator.clear();
-                self.accumulator = accumulator;
-                reduced?;
-            }
-        }
-        self.mark(None);
-        Ok(())
-    }
-
-    fn reduce<'a>(&mut self, pieces: impl Fn(&Layout, &Unit) -> Pieces<'a>) -> Result<(), EngineError> {
-        let into = if self.reduced { Into::Add } else { Into::Store };
-        let layout = Arc::clone(&self.layout);
-        for unit in &layout.units {
-            let shard = &mut self.shards[unit.id.index()];
-            let what = unit_name(&layout, unit);
-            reduce_unit(&*self.group, &what, unit, &pieces(&layout, unit), &self.exchange, shard, into)?;
-        }
-        self.reduced = true;
-        Ok(())
-    }
-
     /// The first half of a step: at a boundary, all ranks vote on what to do.
     ///
     /// # Errors
@@ -287,7 +271,7 @@ impl Engine {
             self.counters.micro_step();
             return Ok(Plan::Accumulate);
         }
-        if !self.reduced {
+        if self.reduced.contains(&false) {
             return Err(EngineError::NoGradient);
         }
         self.mark(Some(Phase::Update));
@@ -359,26 +343,43 @@ impl Engine {
         let OptimizerChoice::Native(kind) = self.optimizer else {
             return Err(EngineError::Usage("this engine has no optimizer of its own".to_owned()));
         };
-        self.check_weights(weights)?;
         let groups = self.layout.params.iter().map(|spec| spec.group + 1).max().unwrap_or(0);
         if hypers.len() < groups {
             return Err(EngineError::Count { what: "parameter groups", got: hypers.len(), expected: groups });
         }
         let step = self.counters.optimizer_steps + 1;
         if kind.is_elementwise() {
-            let update = ElementWise { hypers, step, grad_scale };
-            publish(&*self.group, &self.layout, &mut self.shards, weights, &update, &self.workers)?;
-        } else {
-            let update = Lamb::prepare(
-                &self.layout,
-                &mut self.shards,
-                weights,
-                &*self.group,
-                hypers,
-                step,
-                grad_scale,
-            )?;
-            publish(&*self.group, &self.layout, &mut self.shards, weights, &update, &self.workers)?;
+            return self.publish(weights, |_, _| Ok(ElementWise { hypers, step, grad_scale }));
+        }
+        self.publish(weights, |engine, weights| {
+            Lamb::prepare(engine.layout, engine.shards, weights, engine.group, hypers, step, grad_scale)
+        })
+    }
+
+    /// Updates the shards, and the weights where this stage keeps them; `weights` are the framework's, below stage 3.
+    fn publish<U: ShardUpdate>(
+        &mut self,
+        weights: &mut [SpanMut<'_>],
+        update: impl FnOnce(UpdateParts<'_>, &mut Weights<'_, '_>) -> Result<U, CommError>,
+    ) -> Result<(), EngineError> {
+        if self.weights.is_none() {
+            self.check_weights(weights)?;
+        }
+        let (group, layout) = (&*self.group, &*self.layout);
+        let keeps_weights = self.weights.is_some();
+        let mut spans: Vec<SpanMut<'_>> = match &mut self.weights {
+            Some(sharded) => sharded.trained.own_mut(),
+            None => weights.iter_mut().map(SpanMut::reborrow).collect(),
+        };
+        let mut target = if keeps_weights { Weights::Shards(&mut spans) } else { Weights::Whole(&mut spans) };
+        let update = update(UpdateParts { layout, shards: &mut self.shards, group }, &mut target)?;
+        let offloaded = self.offloaded.as_mut();
+        publish(group, layout, &mut self.shards, offloaded, &mut target, &update, &self.workers)?;
+        if keeps_weights {
+            group.barrier("the updated weights")?;
+        }
+        if let Some(weights) = &self.weights {
+            weights.give_back_pages()?;
         }
         Ok(())
     }
@@ -411,8 +412,7 @@ impl Engine {
     /// # Errors
     /// As [`Engine::apply_native`].
     pub fn publish_client(&mut self, weights: &mut [SpanMut<'_>]) -> Result<(), EngineError> {
-        self.check_weights(weights)?;
-        Ok(publish(&*self.group, &self.layout, &mut self.shards, weights, &AlreadyUpdated, &self.workers)?)
+        self.publish(weights, |_, _| Ok(AlreadyUpdated))
     }
 
     /// Ends a step that [`Engine::prepare`] began.
@@ -477,11 +477,17 @@ impl Engine {
 
     /// Forgets the gradients of the current accumulation.
     pub fn discard_gradients(&mut self) {
-        self.reduced = false;
+        self.reduced.fill(false);
+        self.order.reset();
         self.accumulator.clear();
     }
 
-    fn check_count(&self, what: &'static str, got: usize, expected: usize) -> Result<(), EngineError> {
+    pub(crate) fn check_count(
+        &self,
+        what: &'static str,
+        got: usize,
+        expected: usize,
+    ) -> Result<(), EngineError> {
         if got == expected { Ok(()) } else { Err(EngineError::Count { what, got, expected }) }
     }
 
@@ -498,39 +504,10 @@ impl Engine {
     }
 }
 
-fn check_length(what: &'static str, spec: &ParamSpec, got: usize) -> Result<(), EngineError> {
+pub(crate) fn check_length(what: &'static str, spec: &ParamSpec, got: usize) -> Result<(), EngineError> {
     let expected = spec.numel();
     if got == expected {
         return Ok(());
     }
     Err(EngineError::Length { what, name: spec.name.clone(), got, expected })
-}
-
-/// `span` in fp32, times `factor`.
-fn scaled_copy(span: Span<'_>, factor: f32) -> AlignedBuffer {
-    let mut copy = AlignedBuffer::zeroed(span.len(), DType::F32);
-    deepspeed_kernels::cast(span, copy.span_mut());
-    deepspeed_kernels::scale_in_place(copy.as_f32_mut(), factor);
-    copy
-}
-
-/// The gradients of `unit` where the framework left them. Where there is none, an empty run still says in which dtype
-/// they would have been, so that ranks agree on it.
-fn pieces<'a>(unit: &Unit, gradients: &[Option<Span<'a>>], in_fp32: bool) -> Pieces<'a> {
-    let given =
-        unit.slots.iter().filter_map(|slot| gradients[slot.param.index()].map(|span| (slot.offset, span)));
-    let mut runs: Vec<_> = given.collect();
-    if runs.is_empty() {
-        runs.push((0, empty(if in_fp32 { DType::F32 } else { unit.dtype })));
-    }
-    Pieces { len: unit.len(), runs }
-}
-
-/// No elements of `dtype`.
-fn empty(dtype: DType) -> Span<'static> {
-    match dtype {
-        DType::F32 => Span::from(&[] as &[f32]),
-        DType::F16 => Span::from(&[] as &[half::f16]),
-        DType::BF16 => Span::from(&[] as &[half::bf16]),
-    }
 }

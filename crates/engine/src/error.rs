@@ -1,7 +1,10 @@
 //! What can go wrong in a training step.
 
+use deepspeed_checkpoint::CheckpointError;
 use deepspeed_comm::CommError;
 use deepspeed_core::LayoutError;
+use deepspeed_offload::OffloadError;
+use deepspeed_zero::ZeroError;
 
 /// An error of the engine.
 #[derive(Debug, thiserror::Error)]
@@ -10,6 +13,15 @@ pub enum EngineError {
     /// A collective failed.
     #[error(transparent)]
     Comm(#[from] CommError),
+    /// State on a disk could not be read or written.
+    #[error(transparent)]
+    Offload(#[from] OffloadError),
+    /// A checkpoint could not be read, said by the rank that could not.
+    #[error(transparent)]
+    Read(#[from] CheckpointError),
+    /// The run does not fit into memory.
+    #[error("{0}")]
+    Memory(String),
     /// The parameters have no layout.
     #[error("the model's parameters cannot be laid out: {0}")]
     Layout(#[from] LayoutError),
@@ -102,4 +114,14 @@ fn summary(names: &[String]) -> String {
     let shown: Vec<&str> = names.iter().take(5).map(String::as_str).collect();
     let more = names.len().saturating_sub(shown.len());
     if more > 0 { format!("{} and {more} more", shown.join(", ")) } else { shown.join(", ") }
+}
+
+impl From<ZeroError> for EngineError {
+    fn from(error: ZeroError) -> Self {
+        match error {
+            ZeroError::Comm(error) => Self::Comm(error),
+            ZeroError::Offload(error) => Self::Offload(error),
+            other => Self::Usage(other.to_string()),
+        }
+    }
 }

@@ -2,13 +2,24 @@
 
 use std::sync::Arc;
 
-use deepspeed_comm::Group;
-use deepspeed_core::{AlignedBuffer, DType, Layout, SpanMut};
+use deepspeed_comm::{Group, Region};
+use deepspeed_core::{AlignedBuffer, DType, Layout, SpanMut, Unit};
 use deepspeed_monitor::Counters;
 use deepspeed_optim::LossScaler;
-use deepspeed_zero::{Residency, UnitShard};
+use deepspeed_zero::{OffloadedState, Residency, UnitShard};
 
-use crate::{Accumulation, Engine, EngineError, Settings};
+use crate::{Accumulation, Engine, EngineError, Settings, sharded_weights::Shards};
+
+/// Where each parameter lies in the framework's view of the shared weights; no address for one without elements.
+#[derive(Clone, Debug)]
+pub struct SharedAddresses {
+    /// Of the trained parameters, by parameter id.
+    pub trained: Vec<Option<usize>>,
+    /// Of the others, in the order in which they were given.
+    pub frozen: Vec<Option<usize>>,
+    /// The memory behind the addresses, which live as long as it.
+    pub regions: [Arc<Region>; 2],
+}
 
 /// Facts about the engine.
 impl Engine {
@@ -91,7 +102,7 @@ impl Engine {
         let settings = &self.settings;
         format!(
             "{:.2} M parameters in {} units, {}, ZeRO stage {}, {} rank(s) over {}, batch {} = {} x {} micro-batches x \
-             {} ranks, {:.1} MiB of gradients, masters and optimizer state per rank",
+             {} ranks, {:.1} MiB of {}gradients, masters and optimizer state per rank",
             self.layout.numel() as f64 / 1e6,
             self.layout.units.len(),
             settings.precision,
@@ -103,7 +114,13 @@ impl Engine {
             settings.accumulation_steps,
             self.group.world(),
             self.resident_bytes() as f64 / f64::from(1 << 20),
+            if self.weights.is_some() { "weights, " } else { "" },
         )
+    }
+
+    /// Where state lies that is on a disk, and how it moves, in one line.
+    pub fn offload_summary(&self) -> Option<String> {
+        self.offloaded.as_ref().map(|state| format!("masters and optimizer state: {}", state.describe()))
     }
 
     /// The last boundary's global L2 norm of averaged, unscaled gradients before clipping; infinite where the step
@@ -122,21 +139,72 @@ impl Engine {
         self.policy.state == Residency::Whole
     }
 
-    /// For a client's optimizer on shards, per unit: the addresses of gradient and master (`None` where the weights
-    /// are the masters) and the elements of a shard.
+    /// For a client's optimizer on shards, per unit: gradient and master of this rank's shard; no master where the
+    /// framework's weights are the masters.
     pub fn shard_memory(&mut self) -> Vec<(SpanMut<'_>, Option<SpanMut<'_>>)> {
+        let own = self.weights.as_mut().map(|weights| weights.trained.own_mut()).unwrap_or_default();
+        let mut own = own.into_iter();
         self.shards
             .iter_mut()
-            .map(|shard| (shard.gradient.span_mut(), shard.master.as_mut().map(|master| master.span_mut())))
+            .map(|shard| {
+                let in_place = own.next();
+                let master = shard.master.as_mut().map(|master| master.span_mut()).or(in_place);
+                (shard.gradient.span_mut(), master)
+            })
             .collect()
     }
 
-    /// Bytes this rank keeps between steps beside the model's weights: gradient shards, masters, optimizer state.
+    /// At stage 3, where all ranks of the host share the weights: where they are.
+    pub fn shared_weights(&self) -> Option<SharedAddresses> {
+        let weights = self.weights.as_ref()?;
+        let addresses = |layout: &Layout, shards: &Shards| {
+            let mut addresses = vec![None; layout.params.len()];
+            let units = shards.shared()?;
+            for unit in &layout.units {
+                let start = units.address(unit);
+                for slot in &unit.slots {
+                    addresses[slot.param.index()] = Some(start + slot.offset * unit.dtype.size());
+                }
+            }
+            Some((addresses, Arc::clone(units.region())))
+        };
+        let (trained, region) = addresses(&self.layout, &weights.trained)?;
+        let (frozen, frozen_region) = addresses(&weights.frozen_layout, &weights.frozen)?;
+        Some(SharedAddresses { trained, frozen, regions: [region, frozen_region] })
+    }
+
+    /// The layout of the parameters that are not trained, where the stage shards them.
+    pub fn frozen_layout(&self) -> Option<&Layout> {
+        self.weights.as_ref().map(|weights| &weights.frozen_layout)
+    }
+
+    /// State tensors of the optimizer.
+    pub fn state_tensors(&self) -> usize {
+        self.states
+    }
+
+    /// Whether the engine, not the framework, keeps the weights: stage 3.
+    pub fn keeps_weights(&self) -> bool {
+        self.weights.is_some()
+    }
+
+    /// For each unit, its parameters.
+    pub fn unit_params(&self) -> Vec<Vec<usize>> {
+        let params = |unit: &Unit| unit.slots.iter().map(|slot| slot.param.index()).collect();
+        self.layout.units.iter().map(params).collect()
+    }
+
+    /// Bytes this rank keeps between steps: gradient shards, masters, optimizer state, and at stage 3 its shards of the
+    /// weights, which below it are the framework's.
     pub fn resident_bytes(&self) -> usize {
+        let weights = self.weights.as_ref().map_or(0, |weights| {
+            weights.trained.bytes(&self.layout) + weights.frozen.bytes(&weights.frozen_layout)
+        });
         let numel = |buffers: &UnitShard| {
             let state: usize = buffers.state.iter().map(AlignedBuffer::len).sum();
             buffers.gradient.len() + buffers.master.as_ref().map_or(0, AlignedBuffer::len) + state
         };
-        self.shards.iter().map(numel).sum::<usize>() * DType::F32.size()
+        let buffers = self.offloaded.as_ref().map_or(0, OffloadedState::buffer_bytes);
+        self.shards.iter().map(numel).sum::<usize>() * DType::F32.size() + weights + buffers
     }
 }

@@ -6,7 +6,9 @@
 //! ```text
 //! face                         engine
 //! ----                         ------
-//! backward(loss * factor) -->  end_backward(gradients)   reduce or accumulate
+//! backward(loss * factor) -->  complete_unit(unit)       which units can be reduced now (stages 2 and 3)
+//!                              reduce_units(gradients)   and reducing them while backward goes on
+//!                              end_backward(gradients)   reduce the rest, or accumulate
 //! step()                  -->  step(hypers, weights)     vote: norm and finite-ness over all ranks
 //!                                                        apply: unscale, clip, update, all-gather
 //!                                                        or skip, or fail before any weight has changed
@@ -20,8 +22,13 @@ mod delivery;
 mod engine;
 mod error;
 mod facts;
+mod gathering;
+mod gradients;
+mod masters;
 mod nonfinite;
+mod param_state;
 mod settings;
+mod sharded_weights;
 mod update;
 
 pub use accumulation::Accumulation;
@@ -29,4 +36,7 @@ pub use checkpoint::{Frozen, LoadOptions, ParamSlice, SaveRequest, Saved, TagRul
 pub use decision::{Decision, OnNonFinite, decide};
 pub use engine::{Engine, OptimizerChoice, Plan, StepReport};
 pub use error::EngineError;
-pub use settings::{Settings, loss_scaler};
+pub use facts::SharedAddresses;
+pub use gathering::{GatheredUnit, OwnPart};
+pub use param_state::StateKind;
+pub use settings::{OffloadSettings, Settings, loss_scaler};

@@ -1,9 +1,12 @@
 //! What the engine takes from the config, resolved.
 
-use deepspeed_config::{Code, Config, ConfigError, Precision, ZeroStage};
+use std::path::PathBuf;
+
+use deepspeed_config::{Config, ConfigError, OffloadDevice, Precision, ZeroStage};
 use deepspeed_core::DType;
+use deepspeed_offload::{Depth, Options};
 use deepspeed_optim::{DynamicLossScale, LossScaler, OptimError};
-use deepspeed_zero::Stage;
+use deepspeed_zero::{GatherLimits, OffloadPlan, Stage};
 
 use crate::OnNonFinite;
 
@@ -42,8 +45,14 @@ pub struct Settings {
     pub allow_untested_optimizer: bool,
     /// Threads of this rank that update weights.
     pub threads: usize,
-    /// Least number of elements of a unit.
+    /// Greatest number of elements of a unit of several parameters.
     pub unit_len: usize,
+    /// At stage 3: the folder of the file that holds the weights; `None` for host memory.
+    pub weights_folder: Option<PathBuf>,
+    /// Where masters and optimizer state lie, if not in memory.
+    pub offload: Option<OffloadSettings>,
+    /// At stage 3 where ranks share no memory: how much is whole at a time.
+    pub gathering: GatherLimits,
 }
 
 impl Settings {
@@ -75,6 +84,9 @@ impl Default for Settings {
             allow_untested_optimizer: false,
             threads: 1,
             unit_len: Self::UNIT_LEN,
+            weights_folder: None,
+            offload: None,
+            gathering: GatherLimits::default(),
         }
     }
 }
@@ -97,14 +109,7 @@ impl Settings {
                 ZeroStage::Zero => Stage::Zero,
                 ZeroStage::One => Stage::One,
                 ZeroStage::Two => Stage::Two,
-                ZeroStage::Three => {
-                    return Err(config.error_at(
-                        Code::NotBuilt,
-                        "zero_optimization.stage",
-                        "ZeRO stage 3 is not built yet",
-                        ["use stage 2: it shards gradients and optimizer state".to_owned()],
-                    ));
-                }
+                ZeroStage::Three => Stage::Three,
             },
             precision: config.precision.dtype(),
             accumulation_steps: batch.accumulation as u64,
@@ -128,7 +133,60 @@ impl Settings {
             allow_untested_optimizer: config.zero_allow_untested_optimizer,
             threads,
             unit_len: Self::UNIT_LEN.min(config.zero.reduce_bucket_size.max(1)),
+            weights_folder: match config.zero.offload_param.device {
+                OffloadDevice::Nvme => config.zero.offload_param.nvme_path.clone(),
+                OffloadDevice::None | OffloadDevice::Cpu => None,
+            },
+            offload: OffloadSettings::from_config(config),
+            gathering: GatherLimits {
+                prefetch_bucket_size: config.zero.gathering.prefetch_bucket_size,
+                max_live_parameters: config.zero.gathering.max_live_parameters,
+                max_reuse_distance: config.zero.gathering.max_reuse_distance,
+                param_persistence_threshold: config.zero.gathering.param_persistence_threshold,
+                model_persistence_threshold: config.zero.gathering.model_persistence_threshold,
+                module_granularity_threshold: config.zero.gathering.module_granularity_threshold,
+            },
         })
+    }
+}
+
+/// Masters and optimizer state in a file.
+#[derive(Clone, Debug)]
+pub struct OffloadSettings {
+    /// The folder of the file.
+    pub folder: PathBuf,
+    /// The part of the state, 0 to 1, that lies there.
+    pub ratio: f64,
+    /// How the file is read and written.
+    pub options: Options,
+    /// How far reading and writing run apart from the update.
+    pub depth: Depth,
+}
+
+impl OffloadSettings {
+    /// What `offload_optimizer` and `aio` ask for; `None` for state in the memory of the host, where it is on a CPU.
+    fn from_config(config: &Config) -> Option<Self> {
+        let offload = &config.zero.offload_optimizer;
+        let folder = offload.nvme_path.clone().filter(|_| offload.device == OffloadDevice::Nvme)?;
+        let aio = &config.aio;
+        Some(Self {
+            folder,
+            ratio: offload.ratio,
+            options: Options {
+                block_size: aio.block_size,
+                queue_depth: aio.queue_depth,
+                threads: aio.threads,
+                single_submit: aio.single_submit,
+                overlap_events: aio.overlap_events,
+                ..Options::default()
+            },
+            depth: Depth::with_slots(offload.buffer_count, offload.pipeline_read, offload.pipeline_write),
+        })
+    }
+
+    pub(crate) fn plan(&self) -> OffloadPlan<'_> {
+        let Self { folder, ratio, options, depth } = self;
+        OffloadPlan { folder, ratio: *ratio, options: options.clone(), depth: *depth }
     }
 }
 

@@ -1,9 +1,9 @@
 //! The optimizers, as sharding sees them.
 
 use deepspeed_comm::{CommError, Group};
-use deepspeed_core::{Layout, SpanMut};
+use deepspeed_core::Layout;
 use deepspeed_optim::{Hyper, LambSums, Shard};
-use deepspeed_zero::{Run, RunMemory, ShardUpdate, UnitShard};
+use deepspeed_zero::{Run, RunMemory, ShardUpdate, UnitShard, Weights};
 
 /// An element-wise optimizer of ours.
 pub(crate) struct ElementWise<'a> {
@@ -42,7 +42,7 @@ impl<'a> Lamb<'a> {
     pub(crate) fn prepare(
         layout: &Layout,
         shards: &mut [UnitShard],
-        weights: &mut [SpanMut<'_>],
+        weights: &mut Weights<'_, '_>,
         group: &dyn Group,
         hypers: &'a [Hyper],
         step: u64,
@@ -53,11 +53,9 @@ impl<'a> Lamb<'a> {
         for unit in &layout.units {
             let UnitShard { gradient, master, state, .. } = &mut shards[unit.id.index()];
             let range = unit.shard(group.rank());
-            for fragment in unit.fragments(range.clone()) {
-                let start = fragment.unit_offset - range.start;
+            let own = weights.own(unit, group.rank());
+            for (fragment, (start, mut in_place)) in unit.fragments(range).zip(own) {
                 let part = start..start + fragment.len;
-                let mut in_place =
-                    weights[fragment.param.index()].slice_mut(fragment.param_offset, fragment.len);
                 let param = match master {
                     Some(master) => &mut master.as_f32_mut()[part.clone()],
                     None => in_place.as_f32_mut().expect("invariant: masters in place are fp32"),

@@ -4,7 +4,7 @@
 
 mod support;
 
-use deepspeed_core::DType;
+use deepspeed_core::{DType, UnitId};
 use deepspeed_engine::{OnNonFinite, Settings};
 use deepspeed_optim::{DynamicLossScale, LossScaler, OptimizerKind};
 use deepspeed_zero::Stage;
@@ -65,12 +65,13 @@ fn every_stage_gives_the_same_bits() {
     for kind in KINDS {
         for precision in [DType::F32, DType::BF16, DType::F16] {
             for world in 1..=4 {
-                let results: Vec<_> = [Stage::Zero, Stage::One, Stage::Two]
+                let results: Vec<_> = [Stage::Zero, Stage::One, Stage::Two, Stage::Three]
                     .into_iter()
                     .map(|stage| run(world, kind, &settings(stage, precision, 1, 200), 5))
                     .collect();
                 assert_eq!(results[0], results[1], "{kind} {precision} world {world}");
                 assert_eq!(results[0], results[2], "{kind} {precision} world {world}");
+                assert_eq!(results[0], results[3], "{kind} {precision} world {world}");
                 for rank in 1..world {
                     assert_eq!(
                         results[0][0], results[0][rank],
@@ -80,6 +81,71 @@ fn every_stage_gives_the_same_bits() {
             }
         }
     }
+}
+
+#[test]
+fn reducing_during_the_pass_changes_no_bit() {
+    for world in 1..=3 {
+        let early = ranks(world, |group| {
+            let settings = settings(Stage::Two, DType::BF16, 1, 200);
+            let mut replica = Replica::new(settings, OptimizerKind::Adam, scaler(DType::BF16), group);
+            let units = replica.engine.unit_params();
+            assert!(units.len() > 1);
+            for step in 0..4 {
+                let gradients = replica.gradients();
+                let mut spans: Vec<_> = gradients.iter().map(|it| Some(it.span())).collect();
+                // Ranks complete their units in different orders, and one of them only at the end of the pass.
+                let rank = replica.engine.group().rank().index();
+                for turn in 0..units.len() - 1 {
+                    let unit = (turn + rank + step) % units.len();
+                    let due = replica.engine.complete_unit(UnitId::from_index(unit));
+                    replica.engine.reduce_units(&due, &spans, 1.0).unwrap();
+                    for param in due.iter().flat_map(|unit| &units[unit.index()]) {
+                        spans[*param] = None;
+                    }
+                }
+                replica.micro_step_with(&spans).unwrap();
+            }
+            (replica.bytes(), replica.engine.norm())
+        });
+        let whole = ranks(world, |group| {
+            let settings = settings(Stage::Two, DType::BF16, 1, 200);
+            let mut replica = Replica::new(settings, OptimizerKind::Adam, scaler(DType::BF16), group);
+            for _ in 0..4 {
+                replica.micro_step().unwrap();
+            }
+            (replica.bytes(), replica.engine.norm())
+        });
+        assert_eq!(early, whole, "world {world}");
+    }
+}
+
+#[test]
+fn a_gradient_that_comes_after_its_unit_was_reduced_is_added() {
+    let norms = |late: bool| {
+        ranks(2, |group| {
+            let settings = settings(Stage::Two, DType::F32, 1, 200);
+            let mut replica = Replica::new(settings, OptimizerKind::Adam, scaler(DType::F32), group);
+            let gradients = replica.gradients();
+            let spans: Vec<_> = gradients.iter().map(|it| Some(it.span())).collect();
+            let mut rest = spans.clone();
+            // On one rank only: the last unit is reduced without one of its gradients, which comes afterwards.
+            if late && replica.engine.group().rank().index() == 1 {
+                let units = replica.engine.unit_params();
+                let last = units.last().unwrap();
+                let mut first: Vec<_> = spans.clone();
+                first[last[0]] = None;
+                let due = replica.engine.complete_unit(UnitId::from_index(units.len() - 1));
+                replica.engine.reduce_units(&due, &first, 1.0).unwrap();
+                for param in &last[1..] {
+                    rest[*param] = None;
+                }
+            }
+            replica.micro_step_with(&rest).unwrap();
+            (replica.bytes(), replica.engine.norm())
+        })
+    };
+    assert_eq!(norms(true), norms(false));
 }
 
 #[test]

@@ -1,6 +1,7 @@
-//! Counters, timers and the lines a user reads while training.
+//! Counters, timers, the memory plan and the lines a user reads while training.
 
 mod counters;
+pub mod memory;
 mod step_line;
 mod timers;
 

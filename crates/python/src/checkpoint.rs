@@ -83,7 +83,7 @@ fn save_checkpoint(
 ) -> PyResult<(String, bool, PathBuf)> {
     let hypers = hypers(engine.kind(), &param_groups)?;
     let weights = engine.weights(py)?;
-    let slices = slice_arguments(&slices, weights.len())?;
+    let slices = slice_arguments(&slices, engine.engine.layout().params.len())?;
     let frozen = frozen_arguments(frozen)?;
     let buffers = buffers
         .iter()

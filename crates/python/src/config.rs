@@ -45,9 +45,9 @@ impl PyConfig {
         Self::wrap(Config::from_text(text, Origin::Dict, &Options::from_strict_variable(strict)))
     }
 
-    /// The config as it was written, defaults not filled in.
+    /// The config as it was written, defaults not filled in, as Python's json module would read it: infinities are floats.
     fn raw<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        json::to_python(py, &self.config.document().json())
+        json::node_to_python(py, self.config.document().root())
     }
 
     /// `(train_batch_size, micro batch size, accumulation steps)` for `world` data-parallel ranks; `world_origin` says

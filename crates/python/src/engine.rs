@@ -1,7 +1,9 @@
 //! The training engine for Python: reads tensors off torch at three moments of a step, and leaves the rest to Rust.
 
-use deepspeed_core::{DType, ParamSpec, Span, SpanMut};
-use deepspeed_engine::{Engine, EngineError, OptimizerChoice, Plan, Settings, StepReport, loss_scaler};
+use deepspeed_core::{DType, ParamId, ParamSpec, Span, SpanMut, UnitId};
+use deepspeed_engine::{
+    Engine, EngineError, OptimizerChoice, Plan, Settings, SharedAddresses, StepReport, loss_scaler,
+};
 use deepspeed_monitor::Phase;
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind};
 use pyo3::{
@@ -15,20 +17,31 @@ use crate::{
     config::PyConfig,
     enter::enter,
     errors::{DeepSpeedError, IntoPyErr},
+    gathering::is_released,
     group::PyGroup,
+    memory_plan::{self, MemoryPlan, Surroundings},
     ops::hyper_of,
+    shared_weights::PySharedWeights,
     tensors::{TensorArg, dtype_of},
 };
 
 /// The engine of one rank, and the torch parameters it trains.
-#[pyclass(name = "Engine", module = "deepspeed._native")]
+#[pyclass(name = "Engine", module = "deepspeed._native", weakref)]
 pub(crate) struct PyEngine {
     pub(crate) engine: Engine,
     names: Vec<String>,
     parameters: Vec<Py<PyAny>>,
+    /// By unit, the indices of its parameters.
+    units: Vec<Vec<usize>>,
     kind: Option<String>,
     plan: Plan,
+    memory: MemoryPlan,
+    /// What is worth a warning about the plan.
+    memory_warning: Option<String>,
 }
+
+/// By parameter, an address in shared weights; none for one without elements.
+type Addresses = Vec<Option<usize>>;
 
 /// What a call of `step` did.
 #[pyclass(frozen, name = "StepReport", module = "deepspeed._native", get_all)]
@@ -51,10 +64,11 @@ impl From<StepReport> for PyStepReport {
 impl PyEngine {
     /// An engine for `tensors` (torch parameters as they are before they are cast to `dtypes`), named `names`, in the
     /// optimizer's parameter groups `groups`. `optimizer` is the kind of an optimizer of ours, `client` the class of one
-    /// that is not.
+    /// that is not. `frozen` are the parameters that are not trained, by name with their dtype, where the stage shards
+    /// them. Collective.
     #[new]
-    #[pyo3(signature = (*, config, names, tensors, dtypes, groups, optimizer, client, param_groups, group,
-                        threads))]
+    #[pyo3(signature = (*, config, names, tensors, dtypes, groups, frozen, optimizer, client, param_groups, group,
+                        threads, ranks_per_host))]
     #[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
     fn new(
         py: Python<'_>,
@@ -63,11 +77,13 @@ impl PyEngine {
         tensors: Vec<Bound<'_, PyAny>>,
         dtypes: Vec<Bound<'_, PyAny>>,
         groups: Vec<usize>,
+        frozen: Vec<(String, Bound<'_, PyAny>, Bound<'_, PyAny>)>,
         optimizer: Option<String>,
         client: Option<String>,
         param_groups: Vec<Bound<'_, PyMapping>>,
         group: &PyGroup,
         threads: usize,
+        ranks_per_host: usize,
     ) -> PyResult<Self> {
         let world = group.inner().world();
         let origin = format!("{world} rank{} in the process group", if world == 1 { "" } else { "s" });
@@ -77,14 +93,14 @@ impl PyEngine {
         let mut specs = Vec::with_capacity(names.len());
         let mut arguments = Vec::with_capacity(names.len());
         for (((name, tensor), dtype), group) in names.iter().zip(&tensors).zip(&dtypes).zip(groups) {
-            let dtype = dtype_of(dtype)?.ok_or_else(|| {
-                PyTypeError::new_err(format!(
-                    "parameter `{name}` would be trained as {dtype}; the engine trains fp32, bf16 and fp16"
-                ))
-            })?;
-            let shape = tensor.getattr(intern!(py, "shape"))?.extract::<Vec<usize>>()?;
-            specs.push(ParamSpec { name: name.clone(), shape, dtype, group });
-            arguments.push(TensorArg::read(tensor, name)?);
+            specs.push(spec_of(name, tensor, dtype, group)?);
+            arguments.push(present(tensor, name)?);
+        }
+        let mut frozen_specs = Vec::with_capacity(frozen.len());
+        let mut frozen_arguments = Vec::with_capacity(frozen.len());
+        for (name, tensor, dtype) in &frozen {
+            frozen_specs.push(spec_of(name, tensor, dtype, 0)?);
+            frozen_arguments.push(present(tensor, name)?);
         }
         let choice = match (&optimizer, client) {
             (Some(kind), _) => OptimizerChoice::Native(kind_of(kind)?),
@@ -93,15 +109,39 @@ impl PyEngine {
         };
         let hypers = hypers(optimizer.as_deref(), &param_groups)?;
         let group = group.inner().clone();
-        let engine = enter(py, move || {
-            let mut engine = Engine::new(settings, specs, choice, &hypers, scaler, group)?;
+        let config = &config.config;
+        let (engine, memory, memory_warning) = enter(py, move || {
+            let mut engine = Engine::new(settings, specs, frozen_specs, choice, &hypers, scaler, group)?;
+            // Large buffers cost nothing until they are written, so this is before the memory is taken.
+            let given = arguments.iter().chain(&frozen_arguments).flatten();
+            let surroundings = Surroundings {
+                ranks_per_host,
+                weights_held: given.map(|tensor| tensor.len() * tensor.dtype().size()).sum(),
+                state_tensors: engine.state_tensors(),
+            };
+            let (memory, warning) = MemoryPlan::agree(config, &engine, surroundings)?;
             // SAFETY: the caller holds the tensors for the length of this call, and nobody writes to them.
-            let spans: Vec<Span<'_>> = arguments.iter().map(|tensor| unsafe { tensor.span() }).collect();
+            let span = |tensor: &TensorArg| unsafe { tensor.span() };
+            if arguments.iter().chain(&frozen_arguments).any(Option::is_none) {
+                for (number, tensor) in arguments.iter().chain(&frozen_arguments).enumerate() {
+                    if let Some(tensor) = tensor {
+                        engine.load_weight(number, span(tensor))?;
+                    }
+                }
+                return Ok((engine, memory, warning));
+            }
+            let spans: Vec<Span<'_>> = arguments.iter().flatten().map(span).collect();
             engine.load_masters(&spans)?;
-            Ok::<_, EngineError>(engine)
+            if engine.keeps_weights() {
+                let frozen: Vec<Span<'_>> = frozen_arguments.iter().flatten().map(span).collect();
+                engine.fill_weights(&spans, &frozen)?;
+            }
+            Ok::<_, EngineError>((engine, memory, warning))
         })?;
         let parameters = tensors.into_iter().map(Bound::unbind).collect();
-        Ok(Self { engine, names, parameters, kind: optimizer, plan: Plan::Accumulate })
+        let units = engine.unit_params();
+        let plan = Plan::Accumulate;
+        Ok(Self { engine, names, parameters, units, kind: optimizer, plan, memory, memory_warning })
     }
 
     /// A phase of the step begins ("forward", "backward"), or ends (None).
@@ -134,18 +174,74 @@ impl PyEngine {
     /// Takes the gradients off the parameters. `scaled` and `averaged` say whether the loss was multiplied by the loss
     /// scale and divided by the accumulation steps.
     fn end_backward(&mut self, py: Python<'_>, scaled: bool, averaged: bool) -> PyResult<()> {
-        self.collect(py, scaled, averaged)
+        let all: Vec<usize> = (0..self.parameters.len()).collect();
+        self.lend_gradients(py, &all, scaled, averaged, Engine::end_backward)
+    }
+
+    /// By unit, the indices of its parameters.
+    fn units(&self) -> Vec<Vec<usize>> {
+        self.units.clone()
+    }
+
+    /// Called during backward when a gradient of `unit` has appeared. If those that are expected are all there, the unit
+    /// is reduced, or will be when its turn comes; else the index of a parameter that still lacks one is returned.
+    fn unit_complete(
+        &mut self,
+        py: Python<'_>,
+        unit: usize,
+        scaled: bool,
+        averaged: bool,
+    ) -> PyResult<Option<usize>> {
+        if !self.engine.reduces_early() {
+            return Ok(None);
+        }
+        let Some(members) = self.units.get(unit) else {
+            return Err(PyValueError::new_err(format!("there is no unit {unit} of {}", self.units.len())));
+        };
+        let attribute = intern!(py, "grad");
+        for index in members {
+            let expected = self.engine.expects_gradient(ParamId::from_index(*index));
+            if expected && self.parameters[*index].bind(py).getattr(attribute)?.is_none() {
+                return Ok(Some(*index));
+            }
+        }
+        let due = self.engine.complete_unit(UnitId::from_index(unit));
+        if !due.is_empty() {
+            let members: Vec<usize> =
+                due.iter().flat_map(|unit| self.units[unit.index()].iter().copied()).collect();
+            self.lend_gradients(py, &members, scaled, averaged, |engine, gradients, factor| {
+                engine.reduce_units(&due, gradients, factor)
+            })?;
+        }
+        Ok(None)
+    }
+
+    /// At stage 3 on one host: what keeps the shared weights alive, and the addresses of all parameters, trained and
+    /// frozen, None for those without elements. None where the framework owns the weights.
+    fn shared_weights(&self) -> Option<(PySharedWeights, Addresses, Addresses)> {
+        let SharedAddresses { trained, frozen, regions } = self.engine.shared_weights()?;
+        Some((PySharedWeights::new(regions.into()), trained, frozen))
+    }
+
+    /// Whether the engine, not the framework, keeps the weights: stage 3.
+    fn keeps_weights(&self) -> bool {
+        self.engine.keeps_weights()
+    }
+
+    /// Whether torch's parameters are gathered from shards: stage 3 where ranks share no memory.
+    fn gathers_weights(&self) -> bool {
+        self.engine.gathers_weights()
     }
 
     /// Takes gradients that no `end_backward` has seen, as of a backward pass that did not go through the module's
     /// output.
     fn collect_leftovers(&mut self, py: Python<'_>) -> PyResult<()> {
         let attribute = intern!(py, "grad");
-        let mut any = false;
+        let mut any = self.engine.pass_has_begun();
         for parameter in &self.parameters {
             any |= !parameter.bind(py).getattr(attribute)?.is_none();
         }
-        if any { self.collect(py, false, false) } else { Ok(()) }
+        if any { self.end_backward(py, false, false) } else { Ok(()) }
     }
 
     /// One step of an optimizer of ours with the options in `param_groups`.
@@ -254,13 +350,29 @@ impl PyEngine {
     fn load_masters(&mut self, py: Python<'_>, masters: Option<Vec<Bound<'_, PyAny>>>) -> PyResult<()> {
         let values = match &masters {
             Some(masters) => read_all(masters, &self.names)?,
-            None => self.weights(py)?,
+            None if self.engine.gathers_weights() => {
+                let engine = &mut self.engine;
+                return enter(py, || engine.load_masters_from_shards());
+            }
+            None => self.whole_weights(py)?,
         };
         let engine = &mut self.engine;
         enter(py, || {
             // SAFETY: `self` or the caller holds the tensors and torch leaves them alone during this call.
             let spans: Vec<Span<'_>> = values.iter().map(|tensor| unsafe { tensor.span() }).collect();
             engine.load_masters(&spans)
+        })
+    }
+
+    /// Makes the weights of the parameters `indices`, as they are now, the fp32 masters. Collective at stage 3.
+    fn reload_masters(&mut self, py: Python<'_>, indices: Vec<usize>) -> PyResult<()> {
+        let params: Vec<ParamId> = indices.into_iter().map(ParamId::from_index).collect();
+        let values = self.whole_weights(py)?;
+        let engine = &mut self.engine;
+        enter(py, || {
+            // SAFETY: `self` holds the tensors and torch leaves them alone during this call.
+            let spans: Vec<Span<'_>> = values.iter().map(|tensor| unsafe { tensor.span() }).collect();
+            engine.reload_masters(&params, &spans)
         })
     }
 
@@ -359,6 +471,32 @@ impl PyEngine {
         self.engine.summary()
     }
 
+    /// What lies where: the memory plan, and the disk if there is state on one.
+    fn memory_block(&self) -> String {
+        let mut block = self.memory.block();
+        if let Some(disk) = self.engine.offload_summary() {
+            block.push('\n');
+            block.push_str(&disk);
+        }
+        block
+    }
+
+    /// Why the plan should have been refused, where it was not because of DEEPSPEED_MEMORY_CHECK=warn.
+    fn memory_warning(&self) -> Option<String> {
+        self.memory_warning.clone()
+    }
+
+    /// The memory plan beside what this process takes now.
+    fn memory_line(&self, py: Python<'_>) -> Option<String> {
+        py.detach(|| self.memory.against_actual())
+    }
+
+    /// Gives memory that the first weights took, and nobody holds any more, back to the system.
+    #[staticmethod]
+    fn give_back_freed(py: Python<'_>) {
+        py.detach(memory_plan::give_back_freed);
+    }
+
     /// The ZeRO stage.
     fn stage(&self) -> u8 {
         self.engine.settings().stage.number()
@@ -380,35 +518,50 @@ impl PyEngine {
         }
     }
 
-    /// The parameters' memory, read afresh: a client may have replaced it.
+    /// The parameters' memory, read afresh: a client may have replaced it. None where the engine keeps the weights.
     pub(crate) fn weights(&self, py: Python<'_>) -> PyResult<Vec<TensorArg>> {
+        if self.engine.keeps_weights() { Ok(Vec::new()) } else { self.whole_weights(py) }
+    }
+
+    /// The parameters' memory, whoever keeps it.
+    fn whole_weights(&self, py: Python<'_>) -> PyResult<Vec<TensorArg>> {
         let parameters = self.parameters.iter().zip(&self.names);
         parameters.map(|(parameter, name)| TensorArg::read(parameter.bind(py), name)).collect()
     }
 
-    fn collect(&mut self, py: Python<'_>, scaled: bool, averaged: bool) -> PyResult<()> {
+    /// Hands the gradients of the parameters `members` to `work`, by parameter id, and lets go of them.
+    fn lend_gradients(
+        &mut self,
+        py: Python<'_>,
+        members: &[usize],
+        scaled: bool,
+        averaged: bool,
+        work: impl FnOnce(&mut Engine, &[Option<Span<'_>>], f32) -> Result<(), EngineError> + Send,
+    ) -> PyResult<()> {
         let attribute = intern!(py, "grad");
-        let mut tensors = Vec::with_capacity(self.parameters.len());
-        for (parameter, name) in self.parameters.iter().zip(&self.names) {
-            let gradient = parameter.bind(py).getattr(attribute)?;
-            tensors.push(if gradient.is_none() { None } else { Some(dense(gradient, name)?) });
+        let mut tensors = Vec::with_capacity(members.len());
+        for index in members {
+            let gradient = self.parameters[*index].bind(py).getattr(attribute)?;
+            if !gradient.is_none() {
+                tensors.push((*index, dense(gradient, &self.names[*index])?));
+            }
         }
         let factor = self.engine.missing_factor(scaled, averaged);
+        let count = self.parameters.len();
         let engine = &mut self.engine;
-        let arguments: Vec<Option<TensorArg>> =
-            tensors.iter().map(|it| it.as_ref().map(|(_, arg)| *arg)).collect();
+        let arguments: Vec<(usize, TensorArg)> =
+            tensors.iter().map(|(index, (_, argument))| (*index, *argument)).collect();
         enter(py, || {
-            // SAFETY: `tensors` holds the gradients until this call is over, and nobody writes to them: the backward
-            // pass that made them is over.
-            let span = |tensor: &TensorArg| unsafe { tensor.span() };
-            let spans: Vec<Option<Span<'_>>> =
-                arguments.iter().map(|tensor| tensor.as_ref().map(span)).collect();
-            engine.end_backward(&spans, factor)
-        })?;
-        for (parameter, tensor) in self.parameters.iter().zip(&tensors) {
-            if tensor.is_some() {
-                parameter.bind(py).setattr(attribute, py.None())?;
+            let mut spans: Vec<Option<Span<'_>>> = vec![None; count];
+            for (index, tensor) in &arguments {
+                // SAFETY: `tensors` holds the gradients until this call is over, and nobody writes to them: they are
+                // complete, and the thread that computes gradients is the one that called.
+                spans[*index] = Some(unsafe { tensor.span() });
             }
+            work(engine, &spans, factor)
+        })?;
+        for (index, _) in &tensors {
+            self.parameters[*index].bind(py).setattr(attribute, py.None())?;
         }
         Ok(())
     }
@@ -430,6 +583,32 @@ impl PyEngine {
         }
         Ok(())
     }
+}
+
+/// What the engine knows of a parameter that is to be computed with in `dtype`.
+fn spec_of(
+    name: &str,
+    tensor: &Bound<'_, PyAny>,
+    dtype: &Bound<'_, PyAny>,
+    group: usize,
+) -> PyResult<ParamSpec> {
+    let dtype = dtype_of(dtype)?.ok_or_else(|| {
+        PyTypeError::new_err(format!(
+            "parameter `{name}` would be trained as {dtype}; the engine trains fp32, bf16 and fp16"
+        ))
+    })?;
+    let py = tensor.py();
+    let shape = match tensor.getattr_opt(intern!(py, "ds_shape"))? {
+        Some(shape) => shape,
+        None => tensor.getattr(intern!(py, "shape"))?,
+    };
+    let shape = shape.extract::<Vec<usize>>()?;
+    Ok(ParamSpec { name: name.to_owned(), shape, dtype, group })
+}
+
+/// A parameter's memory; none where it is elsewhere and will be loaded later.
+fn present(tensor: &Bound<'_, PyAny>, name: &str) -> PyResult<Option<TensorArg>> {
+    if is_released(tensor)? { Ok(None) } else { TensorArg::read(tensor, name).map(Some) }
 }
 
 /// A gradient with dense, contiguous memory, and that memory.

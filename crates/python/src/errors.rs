@@ -5,7 +5,7 @@ use deepspeed_engine::EngineError;
 use deepspeed_optim::OptimError;
 use pyo3::{
     create_exception,
-    exceptions::{PyArithmeticError, PyOSError, PyRuntimeError, PyTypeError, PyValueError},
+    exceptions::{PyArithmeticError, PyMemoryError, PyOSError, PyRuntimeError, PyTypeError, PyValueError},
     prelude::*,
 };
 
@@ -63,6 +63,7 @@ impl IntoPyErr for EngineError {
             Self::Length { .. } | Self::Count { .. } | Self::Layout(_) => {
                 PyValueError::new_err(self.to_string())
             }
+            Self::Memory(_) => PyMemoryError::new_err(self.to_string()),
             Self::WeightDType { .. } => PyTypeError::new_err(self.to_string()),
             _ => DeepSpeedError::new_err(self.to_string()),
         }

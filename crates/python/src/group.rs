@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use deepspeed_comm::{Group, Options, Segment, SharedMemory, Solo};
+use deepspeed_comm::{Group, Member, Options, Segment, SharedMemory, Solo};
 use deepspeed_core::{DType, Rank, SpanMut};
 use pyo3::{
     exceptions::PyValueError,
@@ -67,10 +67,27 @@ impl PyGroup {
         })
     }
 
-    /// The engine's collectives over a transport object of `deepspeed.runtime.torch_transport`.
+    /// The engine's collectives over a transport and a board of `deepspeed.runtime.torch_transport`, as `rank`.
+    /// `identities` are what `host_identity()` and `process_identity()` give on each rank.
     #[staticmethod]
-    fn over_torch(transport: Bound<'_, PyAny>, rank: u32, world: usize, name: String) -> Self {
-        Self { inner: torch_transport::group(transport.unbind(), Rank(rank), world, name), _segment: None }
+    fn over_torch(
+        transport: Bound<'_, PyAny>,
+        board: Bound<'_, PyAny>,
+        rank: usize,
+        identities: Vec<(String, (u32, u64))>,
+        name: String,
+        deadline_seconds: f64,
+    ) -> PyResult<Self> {
+        let options = options(deadline_seconds)?;
+        let here = host_identity()?;
+        let members = identities
+            .into_iter()
+            .map(|(host, (pid, started))| Member { pid, started, remote: host != here })
+            .collect();
+        let (py, transport, board) = (transport.py(), transport.unbind(), board.unbind());
+        let inner =
+            torch_transport::group(py, transport, board, Rank::from_index(rank), members, name, &options)?;
+        Ok(Self { inner, _segment: None })
     }
 
     /// What the other ranks need to join, where this rank made the shared memory.
@@ -94,6 +111,11 @@ impl PyGroup {
     #[getter]
     fn world_size(&self) -> usize {
         self.inner.world()
+    }
+
+    /// Whether all ranks can map the same memory.
+    fn shares_memory(&self) -> bool {
+        self.inner.shares_memory()
     }
 
     /// Says what the program is doing, for the report of a rank that waits for it.
@@ -179,6 +201,13 @@ fn host_identity() -> PyResult<String> {
     Ok(parts.into_iter().collect::<Result<Vec<_>, _>>()?.join(" "))
 }
 
+/// Process id of this process, and when it started in clock ticks since boot.
+#[pyfunction]
+fn process_identity() -> (u32, u64) {
+    let Member { pid, started, .. } = Member::current();
+    (pid, started)
+}
+
 /// Whether the engine's collectives run over shared memory: every rank on one host, and no other transport asked for
 /// (`dist_backend` of `init_distributed`).
 #[pyfunction]
@@ -191,6 +220,7 @@ fn shares_memory(identities: Vec<String>, backend: Option<String>) -> bool {
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyGroup>()?;
     module.add_function(wrap_pyfunction!(host_identity, module)?)?;
+    module.add_function(wrap_pyfunction!(process_identity, module)?)?;
     module.add_function(wrap_pyfunction!(shares_memory, module)?)?;
     Ok(())
 }

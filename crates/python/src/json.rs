@@ -1,5 +1,6 @@
 //! Python values as JSON values and back, for settings and state that cross by name.
 
+use deepspeed_config::json as config;
 use pyo3::{
     exceptions::{PyTypeError, PyValueError},
     prelude::*,
@@ -64,6 +65,32 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'
             list.into_any()
         }
         Value::Object(entries) => map_to_python(py, entries)?.into_any(),
+    })
+}
+
+/// A value of a config's document as Python's json module would give it, infinities and NaN included.
+pub(crate) fn node_to_python<'py>(py: Python<'py>, node: &config::Node) -> PyResult<Bound<'py, PyAny>> {
+    Ok(match &node.value {
+        config::Value::Null => py.None().into_bound(py),
+        config::Value::Bool(boolean) => PyBool::new(py, *boolean).to_owned().into_any(),
+        config::Value::Number(config::Number::Unsigned(number)) => number.into_pyobject(py)?.into_any(),
+        config::Value::Number(config::Number::Signed(number)) => number.into_pyobject(py)?.into_any(),
+        config::Value::Number(config::Number::Float(number)) => PyFloat::new(py, *number).into_any(),
+        config::Value::Text(text) => PyString::new(py, text).into_any(),
+        config::Value::List(items) => {
+            let list = PyList::empty(py);
+            for item in items {
+                list.append(node_to_python(py, item)?)?;
+            }
+            list.into_any()
+        }
+        config::Value::Object(members) => {
+            let dict = PyDict::new(py);
+            for member in members {
+                dict.set_item(&member.key, node_to_python(py, &member.value)?)?;
+            }
+            dict.into_any()
+        }
     })
 }
 

@@ -12,12 +12,17 @@ mod config;
 mod engine;
 mod enter;
 mod errors;
+mod gathering;
 mod group;
 mod json;
 mod launcher;
 mod log;
+mod memory;
+mod memory_plan;
 mod ops;
+mod param_state;
 mod schedules;
+mod shared_weights;
 mod tensors;
 mod torch_transport;
 
@@ -28,10 +33,14 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(module)?;
     config::register(module)?;
     launcher::register(module)?;
+    memory::register(module)?;
     ops::register(module)?;
     schedules::register(module)?;
+    shared_weights::register(module)?;
     group::register(module)?;
     engine::register(module)?;
+    param_state::register(module)?;
+    gathering::register(module)?;
     checkpoint::register(module)?;
     Ok(())
 }

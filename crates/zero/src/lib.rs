@@ -14,17 +14,31 @@
 //!
 //! Invariants, cited by the tests:
 //! - ZERO-1: every gradient element is reduced exactly once per micro-batch (or once per boundary).
-//! - ZERO-2: units are reduced and published in the order of the layout on every rank, whatever the hooks did.
+//! - ZERO-2: units are published in the order of the layout and reduced in the opposite one, on every rank, whatever
+//!   the hooks did.
 //! - ZERO-3: the reduced gradients, and so the norm, do not depend on the stage.
 
 mod accumulator;
+mod error;
+mod module_units;
+mod offloaded;
 mod policy;
 mod publish;
 mod reduce;
+mod reduction_order;
+mod residency;
 mod unit_shard;
+mod use_order;
 
 pub use accumulator::LocalAccumulator;
+pub use error::ZeroError;
+pub use module_units::{Gathers, ModuleFacts, gathering_modules};
+pub use offloaded::{OffloadPlan, OffloadedState};
 pub use policy::{Policy, ReduceAt, Residency, Stage};
-pub use publish::{AlreadyUpdated, Run, RunMemory, ShardUpdate, gather_gradients, publish, unit_name};
+pub use publish::{
+    AlreadyUpdated, Run, RunMemory, ShardUpdate, Weights, gather_gradients, publish, unit_name,
+};
 pub use reduce::{Exchange, reduce_unit};
-pub use unit_shard::UnitShard;
+pub use reduction_order::ReductionOrder;
+pub use residency::{Action, BackwardCall, Circumstances, GatherLimits, ResidentUnits, UnitFacts};
+pub use unit_shard::{UnitShard, fill_master, refresh_master};

@@ -1,6 +1,6 @@
 //! What a ZeRO stage means: who keeps which state, and when gradients are reduced.
 
-/// A ZeRO stage whose mechanism is built.
+/// A ZeRO stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     /// Plain data parallelism.
@@ -9,10 +9,12 @@ pub enum Stage {
     One,
     /// Optimizer state and gradients are sharded.
     Two,
+    /// Optimizer state, gradients and weights are sharded.
+    Three,
 }
 
 impl Stage {
-    /// The number users write: 0, 1, 2.
+    /// The number users write: 0 to 3.
     pub fn number(self) -> u8 {
         self as u8
     }
@@ -27,7 +29,7 @@ pub enum ReduceAt {
     Boundary,
 }
 
-/// How much of the optimizer's state a rank keeps.
+/// How much of something a rank keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Residency {
     /// The rank's shard of each unit.
@@ -43,6 +45,8 @@ pub struct Policy {
     pub reduce: ReduceAt,
     /// Where fp32 masters and optimizer moments live.
     pub state: Residency,
+    /// Where the weights live that the model computes with.
+    pub weights: Residency,
 }
 
 impl Policy {
@@ -55,6 +59,7 @@ impl Policy {
         Self {
             reduce: if stage < Stage::Two { ReduceAt::Boundary } else { ReduceAt::MicroBatch },
             state: if stage == Stage::Zero && !native { Residency::Whole } else { Residency::Shard },
+            weights: if stage == Stage::Three { Residency::Shard } else { Residency::Whole },
         }
     }
 }
@@ -69,5 +74,13 @@ mod tests {
         assert_eq!(Policy::new(Stage::Zero, true).state, Residency::Shard);
         assert_eq!(Policy::new(Stage::One, false).state, Residency::Shard);
         assert_eq!(Policy::new(Stage::Two, true).reduce, ReduceAt::MicroBatch);
+    }
+
+    #[test]
+    fn only_stage_3_shards_weights() {
+        assert_eq!(Policy::new(Stage::Two, true).weights, Residency::Whole);
+        let three = Policy::new(Stage::Three, false);
+        assert_eq!((three.weights, three.state), (Residency::Shard, Residency::Shard));
+        assert_eq!(three.reduce, ReduceAt::MicroBatch);
     }
 }

@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use deepspeed_comm::{CommError, Group, PiecesMut};
-use deepspeed_core::{DType, Layout, ParamId, Rank, SpanMut, Unit, UnitId};
+use deepspeed_core::{AlignedBuffer, DType, Layout, ParamId, Rank, SpanMut, Unit, UnitId};
 use deepspeed_kernels::parallel::Workers;
 
-use crate::UnitShard;
+use crate::{OffloadedState, UnitShard, ZeroError};
 
 /// Consecutive elements of a shard that share an optimizer parameter group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,15 +64,51 @@ fn runs(layout: &Layout, unit: &Unit, rank: Rank, merge: bool) -> Vec<Run> {
     runs
 }
 
+/// The model's weights while they are updated.
+#[derive(Debug)]
+pub enum Weights<'w, 's> {
+    /// This rank's copy of every parameter, by parameter id: it is filled with what other ranks update, too.
+    Whole(&'w mut [SpanMut<'s>]),
+    /// This rank's shard of every unit, by unit id: whoever computes with the others' finds them elsewhere.
+    Shards(&'w mut [SpanMut<'s>]),
+}
+
+impl Weights<'_, '_> {
+    /// What the caller owns of `unit`: fragment by fragment, with its first element inside the shard.
+    pub fn own(&mut self, unit: &Unit, rank: Rank) -> Vec<(usize, SpanMut<'_>)> {
+        UnitWeights::of(unit, &unit.shard(rank), self).own
+    }
+}
+
 /// The weights of one unit, apart: what this rank owns and what the others own.
 struct UnitWeights<'a> {
-    /// The caller's shard, by run, offsets inside the shard.
+    /// The caller's shard, by fragment, offsets inside the shard.
     own: Vec<(usize, SpanMut<'a>)>,
     /// Everything else, offsets inside the unit.
     others: Vec<(usize, SpanMut<'a>)>,
 }
 
 impl<'a> UnitWeights<'a> {
+    fn of(unit: &Unit, shard: &Range<usize>, weights: &'a mut Weights<'_, '_>) -> Self {
+        match weights {
+            Weights::Whole(weights) => Self::split(unit, shard, weights),
+            Weights::Shards(shards) => Self::cut(unit, shard, &mut shards[unit.id.index()]),
+        }
+    }
+
+    /// Cuts the caller's shard where parameters end; the padding is left out.
+    fn cut(unit: &Unit, shard: &Range<usize>, span: &'a mut SpanMut<'_>) -> Self {
+        let len = span.len();
+        let mut rest = span.slice_mut(0, len);
+        let mut own = Vec::new();
+        for fragment in unit.fragments(shard.clone()) {
+            let (part, tail) = rest.split_at(fragment.len);
+            own.push((fragment.unit_offset - shard.start, part));
+            rest = tail;
+        }
+        Self { own, others: Vec::new() }
+    }
+
     /// Borrows the unit's weights out of `weights`, which is indexed by parameter id.
     fn split(unit: &Unit, shard: &Range<usize>, weights: &'a mut [SpanMut<'_>]) -> Self {
         let mut parts = Self { own: Vec::new(), others: Vec::new() };
@@ -101,35 +137,80 @@ impl<'a> UnitWeights<'a> {
     }
 }
 
-/// Updates the caller's shard of every unit and fills everybody's `weights` (by parameter id) with the result.
+/// A shard in memory while it is updated, wherever it lies between steps.
+struct ShardView<'a> {
+    gradient: &'a mut [f32],
+    /// `None` where the weights are the masters.
+    master: Option<&'a mut [f32]>,
+    state: Vec<&'a mut [f32]>,
+}
+
+/// What an update works with.
+struct Publication<'a> {
+    group: &'a dyn Group,
+    layout: &'a Layout,
+    update: &'a dyn ShardUpdate,
+    workers: &'a Workers,
+}
+
+/// Updates the caller's shard of every unit, and with it the `weights` of every rank that has whole ones. `offloaded` has
+/// the masters and state of the first units, if any lie on a disk.
 ///
 /// With one worker, update and exchange are one pass over memory. With more, and in a world of one, the workers update
 /// the shard first, and what is exchanged is its cast.
 ///
 /// # Errors
-/// [`CommError`], as [`Group::all_gather`].
+/// [`CommError`], as [`Group::all_gather`]; what the disk says.
 pub fn publish(
     group: &dyn Group,
     layout: &Layout,
     shards: &mut [UnitShard],
-    weights: &mut [SpanMut<'_>],
+    offloaded: Option<&mut OffloadedState>,
+    weights: &mut Weights<'_, '_>,
     update: &dyn ShardUpdate,
     workers: &Workers,
-) -> Result<(), CommError> {
-    for unit in &layout.units {
-        let shard = &mut shards[unit.id.index()];
+) -> Result<(), ZeroError> {
+    let publication = Publication { group, layout, update, workers };
+    let mut next = 0;
+    if let Some(offloaded) = offloaded {
+        offloaded.update(|unit, master, state| {
+            next = unit + 1;
+            let gradient = shards[unit].gradient.as_f32_mut();
+            publication.unit(&layout.units[unit], &mut ShardView { gradient, master, state }, weights)
+        })?;
+    }
+    for unit in &layout.units[next..] {
+        let UnitShard { gradient, master, state, .. } = &mut shards[unit.id.index()];
+        let mut view = ShardView {
+            gradient: gradient.as_f32_mut(),
+            master: master.as_mut().map(AlignedBuffer::as_f32_mut),
+            state: state.iter_mut().map(AlignedBuffer::as_f32_mut).collect(),
+        };
+        publication.unit(unit, &mut view, weights)?;
+    }
+    Ok(())
+}
+
+impl Publication<'_> {
+    fn unit(
+        &self,
+        unit: &Unit,
+        shard: &mut ShardView<'_>,
+        weights: &mut Weights<'_, '_>,
+    ) -> Result<(), ZeroError> {
+        let Self { group, layout, update, workers } = *self;
+        let alone = group.world() == 1 || matches!(weights, Weights::Shards(_));
         let own_range = unit.shard(group.rank());
-        let mut parts = UnitWeights::split(unit, &own_range, weights);
+        let mut parts = UnitWeights::of(unit, &own_range, weights);
         let in_place = shard.master.is_none();
         let runs = runs(layout, unit, group.rank(), !in_place && update.merges_params());
-        let alone = group.world() == 1;
         if alone || workers.threads() > 1 {
             for (run, own) in by_param(&runs, &mut parts.own) {
                 update_run(run, shard, own, update, workers);
             }
         }
         if alone {
-            continue;
+            return Ok(());
         }
         let updated = workers.threads() > 1;
         let mut output = PiecesMut { len: unit.len(), runs: parts.others };
@@ -152,9 +233,8 @@ pub fn publish(
             }
         };
         let what = unit_name(layout, unit);
-        group.all_gather(&what, unit.dtype, &mut produce, &mut output)?;
+        Ok(group.all_gather(&what, unit.dtype, &mut produce, &mut output)?)
     }
-    Ok(())
 }
 
 /// One run per stretch of the caller's own weights: a run of several parameters is cut where they end.
@@ -171,17 +251,16 @@ fn by_param<'r, 'a>(
 /// Updates one run on all workers; `own` is the memory of its weights.
 fn update_run(
     run: Run,
-    shard: &mut UnitShard,
+    shard: &mut ShardView<'_>,
     own: &mut SpanMut<'_>,
     update: &dyn ShardUpdate,
     workers: &Workers,
 ) {
     let part = run.start..run.start + run.len;
-    let gradient = &mut shard.gradient.as_f32_mut()[part.clone()];
-    let state: Vec<&mut [f32]> =
-        shard.state.iter_mut().map(|tensor| &mut tensor.as_f32_mut()[part.clone()]).collect();
+    let gradient = &mut shard.gradient[part.clone()];
+    let state: Vec<&mut [f32]> = shard.state.iter_mut().map(|tensor| &mut tensor[part.clone()]).collect();
     let (master, out) = match &mut shard.master {
-        Some(master) => (&mut master.as_f32_mut()[part], Some(own.slice_mut(0, run.len))),
+        Some(master) => (&mut master[part], Some(own.slice_mut(0, run.len))),
         None => (own.as_f32_mut().expect("invariant: masters in place are fp32"), None),
     };
     workers.map_chunks((master, gradient, state, out), |(master, gradient, state, out)| {
@@ -194,17 +273,17 @@ fn update_run(
 fn update_part(
     run: Run,
     part: Range<usize>,
-    shard: &mut UnitShard,
+    shard: &mut ShardView<'_>,
     own: Option<&mut SpanMut<'_>>,
     out: SpanMut<'_>,
     update: &dyn ShardUpdate,
 ) {
-    let gradient = &mut shard.gradient.as_f32_mut()[part.clone()];
-    let state = shard.state.iter_mut().map(|tensor| &mut tensor.as_f32_mut()[part.clone()]).collect();
+    let gradient = &mut shard.gradient[part.clone()];
+    let state = shard.state.iter_mut().map(|tensor| &mut tensor[part.clone()]).collect();
     let out = Some(out);
     match &mut shard.master {
         Some(master) => {
-            let master = &mut master.as_f32_mut()[part];
+            let master = &mut master[part];
             update.update(run, RunMemory { master, gradient, state, out });
         }
         None => {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deepspeed import _native
+from deepspeed.runtime.carried_state import check_sharding, is_elementwise, part_of_state
 from deepspeed.runtime.parameters import TrainedParameters
 
 # Per parameter, the values of the optimizer's state that are no tensors of the parameter's size: step counts, say.
@@ -68,8 +69,30 @@ class ClientOptimizer:
                 master_of = p if in_place else torch.nn.Parameter(p.detach().float())
                 self._pairs.append((p, master_of))
                 replaced[id(p)].append(master_of)
+        self._carry_state(trained)
         for group in optimizer.param_groups:
             group["params"] = [tensor for p in group["params"] for tensor in replaced.get(id(p), [p])]
+
+    def _carry_state(self, trained: TrainedParameters) -> None:
+        """State that the optimizer came with goes to the tensors that it works on from now on; all of it or nothing."""
+        states = self.optimizer.state
+        before = {index: states[p] for index, p in enumerate(trained.tensors) if states.get(p)}
+        if not self._whole:
+            for index, state in before.items():  # on all ranks, whatever their shards are
+                check_sharding(state, trained.names[index], trained.tensors[index])
+        carried: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        for position, fragment in enumerate([] if self._whole else self._fragments):
+            if fragment.index in before:
+                part = slice(fragment.offset, fragment.offset + fragment.length)
+                state = part_of_state(before[fragment.index], trained.tensors[fragment.index], part)
+                carried.append((self._tensor(position), state))
+        for index, state in before.items() if self._whole else ():
+            p, master = self._pairs[index]
+            moved = state if p is master else part_of_state(state, p, None)
+            carried.append((master, moved))
+        for index in before:
+            del states[trained.tensors[index]]
+        states.update(carried)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -119,7 +142,7 @@ class ClientOptimizer:
         for position, fragment in enumerate(self._fragments):
             tensor = self._tensor(position)
             for key, value in self.optimizer.state.get(tensor, {}).items():
-                if _is_elementwise(key, value, tensor):
+                if _is_sliceable(key, value, tensor):
                     part = value.detach().contiguous().view(-1)
                     if self._whole:
                         part = part[fragment.offset : fragment.offset + fragment.length]
@@ -155,11 +178,10 @@ class ClientOptimizer:
         return self._pairs[self._fragments[position].index][1] if self._whole else self._shards[position][0]
 
 
-def _is_elementwise(key: str, value: Any, tensor: torch.Tensor) -> bool:
-    """Whether a value of the state belongs to the elements one by one, so that it can be cut as the parameter is."""
-    if not isinstance(value, torch.Tensor) or key == "step":
-        return False
-    return value.shape == tensor.shape and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+def _is_sliceable(key: str, value: Any, tensor: torch.Tensor) -> bool:
+    """Whether a checkpoint holds a value of the state as slices of the parameter."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return is_elementwise(key, value, tensor.shape) and value.dtype in floats
 
 
 def _floats(address: int, length: int, owner: _native.Engine) -> torch.Tensor:

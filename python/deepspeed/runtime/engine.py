@@ -6,6 +6,7 @@ moments that matter (end of backward, step, checkpoint) and keeps the face that 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,15 +16,24 @@ import torch
 
 from deepspeed import _native
 from deepspeed import comm as dist
+from deepspeed._features import not_built
 from deepspeed.runtime import process_group
 from deepspeed.runtime.agreement import check_agreement
+from deepspeed.runtime.carried_state import describe_state
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
 from deepspeed.runtime.optimizer_setup import build_optimizer, build_scheduler
 from deepspeed.runtime.parameters import TrainedParameters, cast_buffers, cast_floating, grad_tensors
+from deepspeed.runtime.unit_hooks import UnitHooks
+from deepspeed.runtime.zero.gather_hooks import GatherHooks
+from deepspeed.runtime.zero.gathered_weights import gather_weights, let_go, unshare_drafts, whole_state_dict
+from deepspeed.runtime.zero.sharded_parameter import is_sharded
+from deepspeed.runtime.zero.shared_weights import share_weights
 from deepspeed.runtime.zero_optimizer import DESTROYED, DeepSpeedZeroOptimizer
 from deepspeed.utils.logging import log_dist, logger
+from deepspeed.utils.tensor_fragment import TrainedBy
+from deepspeed.utils.z3_leaf_module import mark_leaves
 
 # Attributes of the engine itself, which never fall through to the module.
 _OWN = frozenset({"module", "_native", "optimizer", "lr_scheduler"})
@@ -71,6 +81,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         self._in_backward = False
         self._loss_scaled = False
         self._without_sync = False
+        self._gather_hooks: GatherHooks | None = None
 
         group = process_group.native_group()
         self._group: _native.Group | None = group  # until destroy()
@@ -78,6 +89,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         self._trained = TrainedParameters(model)
         self._trained.check_devices()
         self._broadcast_model(group)
+        if self._config.zero_optimization_stage < 3:
+            unshare_drafts(model)
         self.basic_optimizer = build_optimizer(optimizer, model_parameters, model, native_config)
         self._trained.select(self.basic_optimizer)
         check_agreement(group, self._facts_of_all_ranks())
@@ -87,30 +100,63 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
             tensors=self._trained.tensors,
             dtypes=[native_config.compute_dtype(p.dtype) for p in self._trained.tensors],
             groups=self._trained.groups,
+            frozen=self._shardable_frozen(),
             optimizer=getattr(self.basic_optimizer, "ds_kind", None),
             client=_class_name(self.basic_optimizer),
             param_groups=self._group_options(),
             group=group,
             threads=torch.get_num_threads(),
+            ranks_per_host=process_group.ranks_per_host(),
         )
         # The optimizer is wrapped before the cast: the masters of a client's optimizer keep the original precision.
         self.optimizer = self._wrap_optimizer()
+        frozen = dict(self._frozen_shards)
+        if self._native.gathers_weights():
+            mark_leaves(model, self.config)
+            self._gather_hooks = gather_weights(self._native, group, model, self._trained, frozen)
+        elif self._native.keeps_weights():
+            share_weights(self._native, group, self._trained, frozen, native_config.compute_dtype)
         cast_floating(model, native_config.compute_dtype)
+        for index, parameter in enumerate(self._trained.tensors):
+            parameter._ds_trained_by = TrainedBy(self, self._native, index)  # type: ignore[attr-defined]
+        on_gradient = self._gather_hooks.native.gradient if self._gather_hooks is not None else None
+        self._unit_hooks = UnitHooks(self._native, self._trained.tensors, self._loss_facts, on_gradient)
         cast_buffers(model, self._config.buffer_dtype)
         self.lr_scheduler = build_scheduler(lr_scheduler, self.basic_optimizer, native_config)
         if training_data is not None:
             self.training_dataloader = self.deepspeed_io(training_data)
-        log_dist(self._native.summary(), ranks=[0])
+        self._native.give_back_freed()
+        log_dist(f"{self._native.summary()}\n{self._native.memory_block()}", ranks=[0])
+        self._memory_told = False
+        warning = self._native.memory_warning()
+        if warning is not None and self.global_rank == 0:
+            logger.warning(warning)
         if self._config.dump_state:
             log_dist(native_config.differences(), ranks=[0])
 
     # -- construction ----------------------------------------------------------------------------------------------
 
     def _broadcast_model(self, group: _native.Group) -> None:
-        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        # What zero.Init has made is one copy already.
+        own = {name: p for name, p in self.module.named_parameters() if not is_sharded(p)}
+        tensors = own | dict(self.module.named_buffers())
         # Ranks with different models are told apart by what is sent: its name says enough to see how they differ.
         named = {f"{name} {list(tensor.shape)} {tensor.dtype}": tensor.data for name, tensor in tensors.items()}
         group.broadcast(named, 0)
+
+    def _shardable_frozen(self) -> list[tuple[str, torch.Tensor, torch.dtype]]:
+        """What stage 3 shards beside the trained parameters."""
+        self._frozen_shards = []
+        if self._config.zero_optimization_stage < 3:
+            return []
+        dtype_for = self._config.native.compute_dtype
+        sharded = {torch.float32, torch.bfloat16, torch.float16}
+        self._frozen_shards = [(name, p) for name, p in self._trained.frozen.items() if p.dtype in sharded]
+        return [(name, p.contiguous(), dtype_for(p.dtype)) for name, p in self._frozen_shards]
+
+    def _loss_facts(self) -> tuple[bool, bool]:
+        """Whether the loss of the backward pass that is running was scaled, and divided by the accumulation steps."""
+        return (True, True) if self._in_backward else (self._loss_scaled, False)
 
     def _facts_of_all_ranks(self) -> dict[str, Any]:
         judged = self._config
@@ -118,6 +164,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         return {
             "the trainable parameters": [f"{name} {list(p.shape)} in group {group}" for name, p, group in trained],
             "the optimizer": _class_name(self.basic_optimizer),
+            "the optimizer's state": describe_state(self.basic_optimizer, self._trained),
             "the ZeRO stage": judged.zero_optimization_stage,
             "fp16": judged.fp16_enabled,
             "bf16": judged.bfloat16_enabled,
@@ -198,7 +245,18 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
     def _after_client_backward(self) -> None:
         self._collect_queued = False
         self._native.end_backward(scaled=self._loss_scaled, averaged=False)
+        self._after_pass()
         self._loss_scaled = False
+
+    def _after_pass(self) -> None:
+        self._unit_hooks.settle()
+        if self._gather_hooks is not None:
+            self._gather_hooks.native.end_pass()
+
+    def _weights_changed(self) -> None:
+        """The engine's shards have new values."""
+        if self._gather_hooks is not None:
+            self._gather_hooks.native.updated()
 
     def backward(
         self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any
@@ -225,6 +283,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
             self._in_backward = False
             self._native.mark(None)
         self._native.end_backward(scaled=True, averaged=True)
+        self._after_pass()
         return loss.detach() / self.gradient_accumulation_steps() if scale_wrt_gas else loss.detach()
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
@@ -237,10 +296,16 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         """Ends the micro-batch; at an accumulation boundary updates the weights and the learning rate."""
         assert not self._without_sync, "step() inside no_sync(): gradients are not reduced there; step after it"
         if self.optimizer is None:
+            if self._gather_hooks is not None:
+                not_built(
+                    "engine.step() without an optimizer at ZeRO stage 3 over torch.distributed",
+                    "gradients of weights that are not whole",
+                )
             report = self._native.step_without_optimizer()
         else:
             self._native.collect_leftovers()
             report = self.optimizer.engine_step()
+            self._weights_changed()
         if report.unused:
             logger.warning(
                 "no gradient reached %d trainable parameters in the first step, on any rank: %s. They stay as they "
@@ -254,6 +319,11 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
             self.lr_scheduler.step(**(lr_kwargs or {}))
         if report.line is not None and self.global_rank == 0:
             print(report.line, flush=True)
+        if report.applied and not self._memory_told:
+            # Everything the plan speaks of exists by now.
+            self._memory_told = True
+            if logger.isEnabledFor(logging.INFO):
+                log_dist(self._native.memory_line() or "", ranks=[0])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of the current accumulation."""
@@ -355,24 +425,52 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
 
     def module_state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """The module's state dict, in the dtype it computes in."""
-        return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if self._gather_hooks is None:
+            return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if destination is not None or keep_vars:
+            not_built(
+                "engine.module_state_dict(destination=..., keep_vars=True) at ZeRO stage 3 over torch.distributed",
+                "a state dict of parameters that are not whole",
+            )
+        return whole_state_dict(self.module, prefix)
 
     def load_module_state_dict(
         self, checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Callable[..., Any] | None = None
     ) -> None:
         """Loads weights, from `checkpoint["module"]` or from `checkpoint` itself, and refreshes the fp32 masters."""
         state = checkpoint.get("module", checkpoint)
-        if custom_load_fn is not None:
-            custom_load_fn(src=state, dst=self.module)
-        else:
-            self.module.load_state_dict(state, strict=strict)
+        with self._writing_weights():
+            if custom_load_fn is not None:
+                custom_load_fn(src=state, dst=self.module)
+            else:
+                self.module.load_state_dict(state, strict=strict)
         if self.optimizer is not None:
             self.optimizer.refresh_fp32_params()
         else:
             self._native.load_masters()
 
+    @contextmanager
+    def _writing_weights(self) -> Iterator[None]:
+        """A stretch in which all ranks write the same weights: at stage 3 they write to one copy."""
+        parameters: Iterator[Any] = self.module.parameters()
+        homes: set[Any] = {p.ds_home for p in parameters if is_sharded(p)}
+        for home in homes:
+            home.group.barrier("before writing weights")
+            home.begin_read([])
+            home.begin_write([])
+        try:
+            yield
+        finally:
+            for home in homes:
+                home.end_write([], None)
+                home.end_read([])
+
     def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **_ignored: Any) -> None:
         """Compiles the module in place with torch.compile's machinery."""
+        if self._gather_hooks is not None:
+            not_built(
+                "engine.compile() at ZeRO stage 3 over torch.distributed", "compiled modules whose weights are gathered"
+            )
         self.module.compile(backend=backend, **(compile_kwargs or {}))
         self._compiled = True
 
@@ -388,9 +486,15 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
         return self
 
     def destroy(self) -> None:
-        """Frees the engine's memory and its shared memory; the engine is of no use afterwards, the module is."""
+        """Frees the engine's memory and its shared memory; the engine is of no use afterwards, the module is, but for
+        weights that are gathered from the ranks: copy what is needed of them within `zero.GatheredParameters` first."""
         if self.optimizer is not None:
             self.optimizer.destroy()
+        self._unit_hooks.remove()
+        if self._gather_hooks is not None:
+            self._gather_hooks.remove()
+            let_go(self.module.parameters())
+            self._gather_hooks = None
         self._native = DESTROYED
         self._group = None
 

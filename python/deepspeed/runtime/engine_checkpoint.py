@@ -19,6 +19,7 @@ import torch
 
 from deepspeed import _native
 from deepspeed._features import not_built
+from deepspeed.runtime.zero.gathered_weights import whole_state_dict
 from deepspeed.utils.logging import logger, warning_once
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from deepspeed.runtime.client_optimizer import ClientOptimizer
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.parameters import TrainedParameters
+    from deepspeed.runtime.zero.gather_hooks import GatherHooks
 
 
 class CheckpointMethods:
@@ -35,6 +37,8 @@ class CheckpointMethods:
     _native: Engine
     _group: Any
     _trained: TrainedParameters
+    _gather_hooks: GatherHooks | None
+    _frozen_shards: list[tuple[str, torch.nn.Parameter]]
     _config: DeepSpeedConfig
     basic_optimizer: Any
     optimizer: Any
@@ -122,15 +126,15 @@ class CheckpointMethods:
                 load_dir,
             )
             return None, None
+        self._weights_changed()
+        python_state, client_state = self._unpack_states(loaded, trust_client_state)
         self._load_buffers(loaded, load_module_strict)
         client = self._client()
         if client is not None:
             client.refresh_masters()
         self.loaded_checkpoint_dp_world_size = loaded.world_size
         if not load_module_only:
-            state = _unpack(loaded.blob("python"), "python", loaded.folder, trust_client_state)
-            self._load_python_state(loaded, state, load_optimizer_states, load_lr_scheduler_states)
-        client_state = _unpack(loaded.blob("client_state"), "client_state", loaded.folder, trust_client_state)
+            self._load_python_state(loaded, python_state, load_optimizer_states, load_lr_scheduler_states)
         return os.fspath(loaded.folder), client_state
 
     def save_16bit_model(
@@ -141,9 +145,9 @@ class CheckpointMethods:
     ) -> bool:
         """Writes the weights, as the model computes with them, as one torch file. Every rank may call it; rank 0
         writes."""
+        state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
         if self.global_rank == 0:
             os.makedirs(save_dir, exist_ok=True)
-            state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
             path = os.path.join(save_dir, save_filename)
             temporary = f"{path}.tmp-{os.getpid()}"
             try:
@@ -157,19 +161,40 @@ class CheckpointMethods:
     save_fp16_model = save_16bit_model
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
-        """The module's state dict on rank 0, None elsewhere."""
-        if self.global_rank != 0:
+        """The module's state dict on rank 0, None elsewhere. Every rank calls it where weights are gathered."""
+        first = self.global_rank == 0
+        if self._gather_hooks is not None:
+            state = whole_state_dict(self.module, keep=first)
+        elif first:
+            state = self.module.state_dict()
+        if not first:
             return None
-        frozen = self._frozen() if exclude_frozen_parameters else {}
-        return {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+        frozen = self._trained.frozen if exclude_frozen_parameters else {}
+        return {name: value for name, value in state.items() if name not in frozen}
 
     _zero3_consolidated_16bit_state_dict = _consolidated_16bit_state_dict
+
+    def _unpack_states(self, loaded: LoadedCheckpoint, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What Python and the client saved on this rank. What cannot be unpacked on one rank is an error on all."""
+        states: list[dict[str, Any]] = []
+        mine: ValueError | None = None
+        for what in ("python", "client_state"):
+            try:
+                states.append(_unpack(loaded.blob(what), what, loaded.folder, trust))
+            except ValueError as error:
+                mine = mine or error
+        problems = self._group.all_gather_bytes("client state of the checkpoint", str(mine or "").encode())
+        for rank, theirs in enumerate(problems):
+            if theirs:
+                raise ValueError(f"rank {rank}: {theirs.decode()}") from mine
+        return states[0], states[1]
 
     # -- what is saved ---------------------------------------------------------------------------------------------
 
     def _frozen(self) -> dict[str, torch.Tensor]:
-        trained = set(self._trained.names)
-        return {name: p.data for name, p in self.module.named_parameters() if name not in trained}
+        """Those that the engine does not shard itself."""
+        sharded = {name for name, _ in self._frozen_shards}
+        return {name: p.data for name, p in self._trained.frozen.items() if name not in sharded}
 
     def _saved_buffers(self) -> dict[str, torch.Tensor]:
         saved = self.module.state_dict(keep_vars=True)
@@ -237,6 +262,8 @@ class CheckpointMethods:
 
         def _group_options(self) -> list[dict[str, Any]]: ...
 
+        def _weights_changed(self) -> None: ...
+
 
 def _random_states() -> dict[str, Any]:
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
@@ -270,7 +297,9 @@ def _unpack(data: bytes | None, what: str, folder: Any, trust: bool) -> dict[str
         return torch.load(io.BytesIO(data), weights_only=not trust)
     except Exception as error:
         if trust:
-            raise
+            raise ValueError(
+                f"the {what} of checkpoint {folder} cannot be rebuilt: {type(error).__name__}: {error}"
+            ) from error
         refused = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"the {what} of checkpoint {folder} holds objects ({refused[1] if refused else type(error).__name__}) that "

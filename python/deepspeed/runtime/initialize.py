@@ -10,8 +10,10 @@ import torch
 
 from deepspeed._features import not_built
 from deepspeed.comm import init_distributed
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.construction import shutdown_init_context
 
 OptimizerArgument = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 
@@ -55,7 +57,10 @@ def initialize(
     if mpu is not None and mpu.get_model_parallel_world_size() != 1:
         not_built("deepspeed.initialize(mpu=...) with a model-parallel world above 1", "model parallelism")
     chosen = _choose_config(args, config, config_params)
+    shutdown_init_context()
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    judged = DeepSpeedConfig(chosen, mpu)
+    checkpointing.adopt(judged, mpu)
     engine = DeepSpeedEngine(
         args,
         model,
@@ -67,7 +72,7 @@ def initialize(
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,
         config=chosen,
-        config_class=DeepSpeedConfig(chosen, mpu),
+        config_class=judged,
     )
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

@@ -17,6 +17,7 @@ class TrainedParameters:
     names    as `module.named_parameters()` has them; a tied parameter has the name under which it comes first.
     tensors  the parameters themselves.
     groups   for each, the index of the optimizer's parameter group.
+    frozen   the others, by name.
     """
 
     def __init__(self, module: torch.nn.Module):
@@ -25,6 +26,7 @@ class TrainedParameters:
         self.names: list[str] = []
         self.tensors: list[torch.nn.Parameter] = []
         self.groups: list[int] = []
+        self.frozen: dict[str, torch.nn.Parameter] = {}
 
     def check_devices(self) -> None:
         """Raises unless all parameters are where this build trains."""
@@ -55,6 +57,8 @@ class TrainedParameters:
         self.names = [name for name, _, _ in chosen]
         self.tensors = [p for _, p, _ in chosen]
         self.groups = [group for _, _, group in chosen]
+        trained = {id(p) for p in self.tensors}
+        self.frozen = {name: p for name, p in self._all.items() if id(p) not in trained}
         for name, parameter in zip(self.names, self.tensors, strict=True):
             if not parameter.is_contiguous():
                 logger.info("parameter %s is made contiguous", name)

@@ -9,6 +9,7 @@ import torch
 
 from deepspeed import _native
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.carried_state import refuse_state
 from deepspeed.runtime.client_optimizer import ClientOptimizer
 from deepspeed.runtime.parameters import TrainedParameters
 
@@ -33,6 +34,8 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
         self._trained = trained
         self.overflow = False
         driven = getattr(optimizer, "ds_kind", None) is not None
+        if driven:
+            refuse_state(optimizer)
         self.client = None if driven else ClientOptimizer(optimizer, native, trained, dtype_for)
 
     def engine_step(self) -> _native.StepReport:

@@ -5,16 +5,11 @@ use super::{
     Kind, Setting, built, no_effect, not_built,
 };
 
-const RECOMPUTE: &str = "activation checkpointing set up by the config";
 const FLOPS: &str = "the flops profiler";
 const COMMS: &str = "the communication logger";
 const PIPELINE: &str = "pipeline parallelism";
-const NVME: &str = "offloading to NVMe";
+const GDS: &str = "GPUDirect Storage";
 const WRITER: &str = "the choice of a checkpoint writer";
-
-const fn recompute(path: &'static str, kind: Kind, default: &'static str, meaning: &'static str) -> Setting {
-    not_built(path, kind, default, meaning, RECOMPUTE, NonDefault)
-}
 
 /// A key of a block whose `enabled` decides.
 const fn inside(path: &'static str, kind: Kind, default: &'static str, meaning: &'static str) -> Setting {
@@ -78,47 +73,48 @@ pub(super) const SETTINGS: &[Setting] = &[
         "checkpoints have one format",
     ),
     not_built("checkpoint.writer", Kind::Open, "null", "Which writer saves checkpoints.", WRITER, NonDefault),
-    recompute(
+    built(
         "activation_checkpointing",
         Kind::Block,
         "{}",
-        "Defaults of deepspeed.checkpointing, which recomputes activations in backward.",
+        "How deepspeed.checkpointing, which recomputes activations in backward, stores the inputs it keeps.",
     ),
-    recompute(
+    built(
         "activation_checkpointing.partition_activations",
         Kind::Bool,
         "false",
-        "Spread saved activations over model-parallel ranks.",
+        "Each model-parallel rank keeps its share of the inputs; without a model-parallel group there is nothing to \
+         share.",
     ),
-    recompute(
+    built(
         "activation_checkpointing.cpu_checkpointing",
         Kind::Bool,
         "false",
-        "Move saved activations to the host.",
+        "Keep the inputs in the host's memory; those of a model on the CPU are there anyway.",
     ),
-    recompute(
+    built(
         "activation_checkpointing.contiguous_memory_optimization",
         Kind::Bool,
         "false",
-        "Save activations in one contiguous buffer.",
+        "Keep the shares of number_checkpoints checkpoints in one buffer; needs that and partition_activations.",
     ),
-    recompute(
+    built(
         "activation_checkpointing.number_checkpoints",
         Kind::COUNT,
         "null",
-        "How many checkpoints there are.",
+        "How many checkpoints share a buffer of contiguous_memory_optimization.",
     ),
-    recompute(
+    built(
         "activation_checkpointing.synchronize_checkpoint_boundary",
         Kind::Bool,
         "false",
-        "Synchronize the device at each checkpoint.",
+        "Wait for the device before and after each checkpoint.",
     ),
-    recompute(
+    built(
         "activation_checkpointing.profile",
         Kind::Bool,
         "false",
-        "Measure the time of each checkpoint.",
+        "Log the time of each checkpoint, in forward and in recomputation.",
     ),
     feature("tensorboard", Kind::Block, "Write metrics for TensorBoard.", "the TensorBoard monitor", Enabled),
     inside("tensorboard.enabled", Kind::Bool, "false", "Switch it on."),
@@ -168,19 +164,24 @@ pub(super) const SETTINGS: &[Setting] = &[
     inside("comms_logger.prof_ops", Kind::List, "[]", "The operations to record."),
     inside("comms_logger.verbose", Kind::Bool, "false", "Print each one at once."),
     inside("comms_logger.debug", Kind::Bool, "false", "Name the caller of each."),
-    feature("aio", Kind::Block, "How NVMe is read and written.", NVME, Never),
-    inside("aio.block_size", Kind::POSITIVE, "1048576", "Bytes in one request."),
-    inside("aio.queue_depth", Kind::POSITIVE, "8", "Requests in flight."),
-    inside("aio.intra_op_parallelism", Kind::POSITIVE, "1", "Threads for one request."),
-    inside(
+    built("aio", Kind::Block, "{}", "How files of offloaded state are read and written."),
+    built("aio.block_size", Kind::POSITIVE, "1048576", "Bytes in one request, a multiple of 4096."),
+    built("aio.queue_depth", Kind::POSITIVE, "32", "Requests in flight."),
+    built(
+        "aio.intra_op_parallelism",
+        Kind::POSITIVE,
+        "1",
+        "Rings of io_uring, or threads that share one request.",
+    ),
+    built(
         "aio.thread_count",
         Kind::POSITIVE,
         "1",
         "Another name for intra_op_parallelism in older documents.",
     ),
-    inside("aio.single_submit", Kind::Bool, "false", "Hand over requests one by one."),
-    inside("aio.overlap_events", Kind::Bool, "true", "Hand over and wait at the same time."),
-    inside("aio.use_gds", Kind::Bool, "false", "Use GPUDirect Storage."),
+    built("aio.single_submit", Kind::Bool, "false", "Hand over requests one by one."),
+    built("aio.overlap_events", Kind::Bool, "true", "Hand over and wait at the same time."),
+    not_built("aio.use_gds", Kind::Bool, "false", "Use GPUDirect Storage.", GDS, NonDefault),
     feature("pipeline", Kind::Block, "Pipeline parallelism, for a PipelineModule.", PIPELINE, Never),
     inside("pipeline.stages", Kind::Anything, "\"auto\"", "How many stages."),
     inside("pipeline.partition", Kind::Text, "\"best\"", "How layers are dealt to stages."),

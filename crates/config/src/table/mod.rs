@@ -42,6 +42,8 @@ pub enum Kind {
     Fractions(usize),
     /// A finite number, or a list of them (one for each parameter group).
     Numbers,
+    /// A finite number of 0 or more, or a list of them (one for each parameter group).
+    Rates,
     /// Text.
     Text,
     /// One of some words; upper and lower case are the same.
@@ -76,6 +78,9 @@ impl Kind {
             }
             Self::Fractions(count) => format!("a list of {count} numbers from 0 to below 1"),
             Self::Numbers => "a number, or a list of numbers, one for each parameter group".to_owned(),
+            Self::Rates => {
+                "a number, 0 or more, or a list of such numbers, one for each parameter group".to_owned()
+            }
             Self::Text => "text".to_owned(),
             Self::Choice(words) => words.join(", "),
             Self::DType => "fp32, fp16, bf16".to_owned(),
@@ -120,8 +125,6 @@ pub enum Asks {
     NonDefault,
     /// A block whose `enabled` is true.
     Enabled,
-    /// A block whose `device` is not `none`.
-    Device,
     /// None by itself: another setting decides, and this one only tunes it.
     Never,
 }

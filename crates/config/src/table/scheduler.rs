@@ -7,11 +7,11 @@ const WARMUP_STEPS: Setting =
 const WARMUP_TYPE: Setting =
     built("warmup_type", Kind::Choice(&["log", "linear"]), "\"log\"", "The shape of the warm-up.");
 const MIN_LR: Setting =
-    built("warmup_min_lr", Kind::Numbers, "0.0", "The rate the warm-up starts from; one, or one per group.")
+    built("warmup_min_lr", Kind::Rates, "0.0", "The rate the warm-up starts from; one, or one per group.")
         .auto(TRAINER);
 const MAX_LR: Setting = built(
     "warmup_max_lr",
-    Kind::Numbers,
+    Kind::Rates,
     "null",
     "The rate the warm-up ends at; one, or one per group; the optimizer's own when it is not set.",
 )
@@ -49,10 +49,10 @@ pub const SCHEDULERS: &[Named] = &[
         name: "WarmupCosineLR",
         params: &[
             TOTAL,
-            built("warmup_min_ratio", Kind::NUMBER, "0.0", "Where the warm-up starts, over the rate.")
+            built("warmup_min_ratio", Kind::NON_NEGATIVE, "0.0", "Where the warm-up starts, over the rate.")
                 .auto(TRAINER),
             WARMUP_STEPS,
-            built("cos_min_ratio", Kind::NUMBER, "0.0001", "Where the cosine ends, over the rate.")
+            built("cos_min_ratio", Kind::NON_NEGATIVE, "0.0001", "Where the cosine ends, over the rate.")
                 .auto(TRAINER),
             WARMUP_TYPE,
             LAST_ITERATION,
@@ -62,7 +62,7 @@ pub const SCHEDULERS: &[Named] = &[
     Named {
         name: "LRRangeTest",
         params: &[
-            built("lr_range_test_min_lr", Kind::Numbers, "0.001", "The rate to start from."),
+            built("lr_range_test_min_lr", Kind::Rates, "0.001", "The rate to start from."),
             built("lr_range_test_step_size", Kind::POSITIVE, "2000", "Steps in one stretch."),
             built("lr_range_test_step_rate", Kind::NUMBER, "1.0", "How much the rate grows in one stretch."),
             built("lr_range_test_staircase", Kind::Bool, "false", "Grow in stairs."),
@@ -73,14 +73,9 @@ pub const SCHEDULERS: &[Named] = &[
     Named {
         name: "OneCycle",
         params: &[
-            built(
-                "cycle_min_lr",
-                Kind::Numbers,
-                "null",
-                "The rate at both ends of the cycle; must be given.",
-            ),
-            built("cycle_max_lr", Kind::Numbers, "null", "The rate at its top; must be given."),
-            built("decay_lr_rate", Kind::NUMBER, "0.0", "The decay of the rate after the cycle."),
+            built("cycle_min_lr", Kind::Rates, "null", "The rate at both ends of the cycle; must be given."),
+            built("cycle_max_lr", Kind::Rates, "null", "The rate at its top; must be given."),
+            built("decay_lr_rate", Kind::NON_NEGATIVE, "0.0", "The decay of the rate after the cycle."),
             built("cycle_first_step_size", Kind::ABOVE_ZERO, "2000", "Steps up."),
             built(
                 "cycle_second_step_size",
@@ -97,8 +92,8 @@ pub const SCHEDULERS: &[Named] = &[
             ),
             built("decay_step_size", Kind::NON_NEGATIVE, "0", "Steps in one stretch of decay; 0 for none."),
             built("cycle_momentum", Kind::Bool, "true", "Cycle the momentum against the rate."),
-            built("cycle_min_mom", Kind::Numbers, "0.8", "The momentum at the top."),
-            built("cycle_max_mom", Kind::Numbers, "0.9", "The momentum at both ends."),
+            built("cycle_min_mom", Kind::Rates, "0.8", "The momentum at the top."),
+            built("cycle_max_mom", Kind::Rates, "0.9", "The momentum at both ends."),
             built("decay_mom_rate", Kind::NUMBER, "0.0", "The decay of the momentum after the cycle."),
             LAST_ITERATION,
         ],

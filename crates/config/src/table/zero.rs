@@ -1,39 +1,27 @@
 //! ZeRO: how far the model state is sharded, and how.
 
 use super::{
-    Asks::{Device, Never, NonDefault, Present},
+    Asks::{NonDefault, Present},
     Kind, Setting, built, no_effect, not_built, removed,
 };
 
-const STAGE_3: &str = "ZeRO stage 3";
 const QUANTIZED: &str = "ZeRO++ (hierarchical partitioning and quantized communication)";
-const PARAM_OFFLOAD: &str = "offloading of parameters";
-const OPTIMIZER_OFFLOAD: &str = "offloading of optimizer state";
+const SUPER_OFFLOAD: &str = "SuperOffload";
 
-/// A setting that only tunes stage 3, whose own setting says whether it is asked for.
-const fn stage3(path: &'static str, kind: Kind, default: &'static str, meaning: &'static str) -> Setting {
-    not_built(path, kind, default, meaning, STAGE_3, Never)
+/// A setting of stage 3 that chooses how weights are gathered, where nothing is left to choose.
+const fn gathering(path: &'static str, kind: Kind, default: &'static str, meaning: &'static str) -> Setting {
+    no_effect(
+        path,
+        kind,
+        default,
+        meaning,
+        "units are gathered in one way, and not at all where the ranks of a host share one copy of the weights",
+    )
 }
 
-/// A setting that only tunes offloading of parameters.
-const fn param_offload(
-    path: &'static str,
-    kind: Kind,
-    default: &'static str,
-    meaning: &'static str,
-) -> Setting {
-    not_built(path, kind, default, meaning, PARAM_OFFLOAD, Never)
-}
-
-/// A setting that only tunes offloading of optimizer state.
-const fn optimizer_offload(
-    path: &'static str,
-    kind: Kind,
-    default: &'static str,
-    meaning: &'static str,
-) -> Setting {
-    not_built(path, kind, default, meaning, OPTIMIZER_OFFLOAD, Never)
-}
+/// Why nothing tunes how weights are read from a disk.
+const MAPPED: &str =
+    "weights on a disk are mapped: the system reads them when they are used and keeps what fits";
 
 const DEVICES: Kind = Kind::Choice(&["none", "cpu", "nvme"]);
 
@@ -154,177 +142,189 @@ pub(super) const SETTINGS: &[Setting] = &[
         "Load a checkpoint piece by piece.",
         "each rank reads only the slices it needs",
     ),
-    not_built(
+    built(
         "zero_optimization.offload_param",
         Kind::Block,
         "null",
-        "Where parameters lie while they are not used.",
-        PARAM_OFFLOAD,
-        Device,
+        "Where the shards of the parameters lie while they are not used (stage 3).",
     ),
-    param_offload("zero_optimization.offload_param.device", DEVICES, "\"none\"", "The device they lie on."),
-    param_offload("zero_optimization.offload_param.nvme_path", Kind::Text, "null", "The folder for nvme."),
-    param_offload("zero_optimization.offload_param.buffer_count", Kind::COUNT, "5", "Buffers for nvme."),
-    param_offload(
+    built(
+        "zero_optimization.offload_param.device",
+        DEVICES,
+        "\"none\"",
+        "The device they lie on: cpu is the host's memory, nvme files in a folder.",
+    ),
+    built(
+        "zero_optimization.offload_param.nvme_path",
+        Kind::Text,
+        "null",
+        "The folder for nvme, on a local disk of every host.",
+    ),
+    no_effect(
+        "zero_optimization.offload_param.buffer_count", Kind::COUNT, "5", "Buffers for nvme.",
+        MAPPED,
+    ),
+    no_effect(
         "zero_optimization.offload_param.buffer_size",
         Kind::COUNT,
         "100000000",
         "Elements in a buffer for nvme.",
+        MAPPED,
     ),
-    param_offload(
+    no_effect(
         "zero_optimization.offload_param.max_in_cpu",
         Kind::COUNT,
         "1000000000",
-        "Elements kept in host memory with nvme.",
+        "Elements of a rank that stay in the host's memory with nvme.",
+        MAPPED,
     ),
-    param_offload(
+    no_effect(
         "zero_optimization.offload_param.pin_memory",
         Kind::Bool,
         "true",
-        "Use pinned host memory.",
+        "Use pinned host memory where there is an accelerator.",
+        "a CPU has no use for pinned memory, and this version trains on CPUs",
     ),
-    not_built(
+    built(
         "zero_optimization.offload_optimizer",
         Kind::Block,
         "null",
-        "Where the optimizer's state lies.",
-        OPTIMIZER_OFFLOAD,
-        Device,
+        "Where the optimizer's state lies, fp32 master weights included (stages 1 to 3).",
     ),
-    optimizer_offload(
+    built(
         "zero_optimization.offload_optimizer.device",
         DEVICES,
         "\"none\"",
-        "The device it lies on.",
+        "The device it lies on: cpu is the host's memory, nvme files in a folder.",
     ),
-    optimizer_offload(
+    built(
         "zero_optimization.offload_optimizer.nvme_path",
         Kind::Text,
         "null",
-        "The folder for nvme.",
+        "The folder for nvme, on a local disk of every host.",
     ),
-    optimizer_offload(
+    built(
         "zero_optimization.offload_optimizer.buffer_count",
         Kind::COUNT,
         "4",
-        "Buffers for nvme.",
+        "Units whose state is in memory at one time with nvme, where reading or writing is pipelined.",
     ),
-    optimizer_offload(
+    no_effect(
         "zero_optimization.offload_optimizer.pin_memory",
         Kind::Bool,
         "true",
-        "Use pinned host memory.",
+        "Use pinned host memory where there is an accelerator.",
+        "a CPU has no use for pinned memory, and this version trains on CPUs",
     ),
-    optimizer_offload(
+    built(
         "zero_optimization.offload_optimizer.pipeline_read",
         Kind::Bool,
         "false",
         "Read the next piece from nvme during the update.",
     ),
-    optimizer_offload(
+    built(
         "zero_optimization.offload_optimizer.pipeline_write",
         Kind::Bool,
         "false",
         "Write the last piece to nvme during the update.",
     ),
-    optimizer_offload(
+    no_effect(
         "zero_optimization.offload_optimizer.fast_init",
         Kind::Bool,
         "false",
         "Initialise faster when offloading to nvme.",
+        "the state starts as a file of zeros, which takes no time",
     ),
-    optimizer_offload(
+    built(
         "zero_optimization.offload_optimizer.ratio",
         Kind::Float { min: 0.0, max: 1.0, above: false },
         "1.0",
         "The part of the state that is offloaded.",
     ),
-    optimizer_offload(
+    not_built(
         "zero_optimization.offload_optimizer.super_offload",
         Kind::Bool,
         "false",
         "Overlap the update on the host with backward.",
+        SUPER_OFFLOAD,
+        NonDefault,
     ),
-    optimizer_offload(
+    no_effect(
         "zero_optimization.offload_optimizer.cpuadam_cores_perc",
         Kind::Float { min: 0.0, max: 1.0, above: true },
         "0.8",
         "The part of the host's cores that updates.",
+        "it belongs to super_offload, and every rank updates on the threads it is given",
     ),
-    not_built(
+    built(
         "zero_optimization.cpu_offload",
         Kind::Bool,
         "false",
         "Old form of offload_optimizer with device cpu.",
-        OPTIMIZER_OFFLOAD,
-        NonDefault,
     ),
-    not_built(
+    built(
         "zero_optimization.cpu_offload_param",
         Kind::Bool,
         "false",
         "Old form of offload_param with device cpu.",
-        PARAM_OFFLOAD,
-        NonDefault,
     ),
-    not_built(
+    built(
         "zero_optimization.cpu_offload_use_pin_memory",
         Kind::Bool,
-        "false",
-        "Old form of pin_memory.",
-        OPTIMIZER_OFFLOAD,
-        Never,
+        "null",
+        "Old form of pin_memory, for the two old forms.",
     ),
-    stage3(
+    built(
         "zero_optimization.stage3_prefetch_bucket_size",
         Kind::COUNT,
         "50000000",
-        "Elements to gather ahead of their use.",
+        "Elements to gather ahead of their use, together with what is needed; where ranks share no memory.",
     )
     .alias(&["prefetch_bucket_size"]),
-    stage3(
+    built(
         "zero_optimization.stage3_param_persistence_threshold",
         Kind::COUNT,
         "100000",
-        "Parameters smaller than this stay whole.",
+        "Units whose parameters are all at most this large stay whole from their first use to the next update, where ranks \
+         share no memory.",
     )
     .alias(&["param_persistence_threshold"]),
-    stage3(
+    built(
         "zero_optimization.stage3_model_persistence_threshold",
         Kind::COUNT,
         "9223372036854775807",
-        "The greatest number of elements that stay whole.",
+        "The greatest number of elements that stay whole for being small.",
     )
     .alias(&["model_persistence_threshold"]),
-    stage3(
+    built(
         "zero_optimization.stage3_max_live_parameters",
         Kind::COUNT,
         "1000000000",
-        "The greatest number of elements that are whole at one time.",
+        "The greatest number of elements that are whole at one time, but for what is needed; where ranks share no memory.",
     )
     .alias(&["max_live_parameters"]),
-    stage3(
+    built(
         "zero_optimization.stage3_max_reuse_distance",
         Kind::COUNT,
         "1000000000",
-        "A parameter used again within this many elements is not released.",
+        "Weights used again after at most this many elements of others stay whole, where ranks share no memory.",
     )
     .alias(&["max_reuse_distance"]),
-    stage3(
+    built(
         "zero_optimization.stage3_module_granularity_threshold",
         Kind::COUNT,
         "0",
-        "Modules smaller than this are gathered as one.",
+        "Modules of at most this many elements gather everything below them at once, where ranks share no memory.",
     )
     .alias(&["module_granularity_threshold"]),
-    stage3(
+    gathering(
         "zero_optimization.stage3_use_all_reduce_for_fetch_params",
         Kind::Bool,
         "false",
         "Gather parameters by all-reduce.",
     )
     .alias(&["use_all_reduce_for_fetch_params"]),
-    stage3(
+    gathering(
         "zero_optimization.stage3_allgather_sequential",
         Kind::Bool,
         "false",
@@ -338,35 +338,35 @@ pub(super) const SETTINGS: &[Setting] = &[
         "Gather whole 16-bit weights when the model is saved; below stage 3 they are whole anyway.",
     )
     .alias(&["gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"]),
-    stage3(
+    gathering(
         "zero_optimization.memory_efficient_linear",
         Kind::Bool,
         "true",
         "Save parameters, not gathered weights, for the backward of linear layers.",
     ),
-    stage3(
+    gathering(
         "zero_optimization.override_module_apply",
         Kind::Bool,
         "true",
         "Gather parameters during Module.apply.",
     ),
-    stage3(
+    gathering(
         "zero_optimization.log_trace_cache_warnings",
         Kind::Bool,
         "false",
         "Warn when the recorded order of use changes.",
     ),
-    stage3(
+    gathering(
         "zero_optimization.enable_sanity_checks",
         Kind::Bool,
         "false",
         "Check the bookkeeping of gathered parameters.",
     ),
-    stage3(
+    built(
         "zero_optimization.leaf_module",
         Kind::Open,
         "null",
-        "Modules whose parameters are gathered together (classes, names, name_suffixes).",
+        "Modules whose parameters are gathered together (classes, names, name_suffixes), where ranks share no memory.",
     ),
     not_built(
         "zero_optimization.zero_hpz_partition_size",

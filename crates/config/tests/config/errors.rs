@@ -229,15 +229,13 @@ fn a_feature_that_is_not_built() {
   = hint: set `tensorboard.enabled` to false, or delete the block"
     );
     for (text, path) in [
-        ("{\"zero_optimization\": {\"stage\": 3}}", "zero_optimization.stage"),
         (
-            "{\"zero_optimization\": {\"stage\": 2, \"offload_optimizer\": {\"device\": \"cpu\"}}}",
-            "zero_optimization.offload_optimizer",
+            "{\"zero_optimization\": {\"stage\": 3, \"zero_quantized_weights\": true}}",
+            "zero_optimization.zero_quantized_weights",
         ),
-        ("{\"zero_optimization\": {\"cpu_offload\": true}}", "zero_optimization.cpu_offload"),
         (
-            "{\"activation_checkpointing\": {\"cpu_checkpointing\": true}}",
-            "activation_checkpointing.cpu_checkpointing",
+            "{\"zero_optimization\": {\"stage\": 2, \"offload_optimizer\": {\"super_offload\": true}}}",
+            "zero_optimization.offload_optimizer.super_offload",
         ),
         ("{\"flops_profiler\": {\"enabled\": true}}", "flops_profiler"),
         ("{\"autotuning\": {\"enabled\": true, \"fast\": false}}", "autotuning"),
@@ -271,7 +269,7 @@ fn features_that_are_off_are_accepted() {
 #[test]
 fn every_problem_is_reported_in_the_order_of_the_text() {
     let text = "{\"train_batch_sise\": 8, \"amp\": {}, \"fp16\": {\"enabled\": \"yes\", \"hysteresis\": 0},
-        \"zero_optimization\": {\"stage\": 3}, \"zero_optimization\": {\"stage\": 9}}";
+        \"zero_optimization\": {\"zero_quantized_weights\": true}, \"zero_optimization\": {\"stage\": 9}}";
     let codes: Vec<&str> = problems(text).into_iter().map(|(code, _)| code).collect();
     assert_eq!(
         codes,

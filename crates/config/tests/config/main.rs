@@ -2,8 +2,10 @@
 
 mod batch;
 mod clients;
+mod contradictions;
 mod errors;
 mod generated;
+mod offload;
 mod properties;
 mod sources;
 mod values;

@@ -57,11 +57,26 @@ impl Replica {
             })
             .collect();
         let choice = OptimizerChoice::Native(kind);
-        let mut engine = Engine::new(settings, specs(dtype), choice, &hypers, scaler, group).unwrap();
+        let mut engine = Engine::new(settings, specs(dtype), vec![], choice, &hypers, scaler, group).unwrap();
         let spans: Vec<Span<'_>> = originals.iter().map(AlignedBuffer::span).collect();
         engine.load_masters(&spans).unwrap();
+        if engine.keeps_weights() {
+            engine.fill_weights(&spans, &[]).unwrap();
+        }
         let weights = originals.iter().map(|original| cast(original.span(), dtype)).collect();
         Self { engine, weights, hypers, micro: 0 }
+    }
+
+    /// At stage 3: looks at the weights that all ranks share, as a framework would.
+    pub fn look_at_shared_weights(&mut self) {
+        let Some(shared) = self.engine.shared_weights() else { return };
+        for (weights, address) in self.weights.iter_mut().zip(shared.trained) {
+            if let Some(address) = address {
+                // SAFETY: the region lives as long as the engine, and no rank writes between a step and the next.
+                let span = unsafe { Span::from_raw(address as *const u8, weights.len(), weights.dtype()) };
+                deepspeed_kernels::cast(span, weights.span_mut());
+            }
+        }
     }
 
     /// Gradients of one micro-batch, in the weights' dtype, times the engine's loss factor.
@@ -89,7 +104,9 @@ impl Replica {
         self.micro += 1;
         self.engine.end_backward(gradients, 1.0)?;
         let mut weights: Vec<SpanMut<'_>> = self.weights.iter_mut().map(AlignedBuffer::span_mut).collect();
-        self.engine.step(&self.hypers, &mut weights)
+        let report = self.engine.step(&self.hypers, &mut weights)?;
+        self.look_at_shared_weights();
+        Ok(report)
     }
 
     /// All weights as bytes: what "bit-identical" compares.

@@ -1,71 +1,58 @@
-"""Stage-3 sharded parameters. Without stage 3 every parameter is whole, so gathering one changes nothing."""
+"""Stage-3 sharded parameters, under the module path by which clients import their parts."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
-from enum import Enum
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from deepspeed._features import not_built, unbuilt_class, unbuilt_function
+from deepspeed._features import unbuilt_class, unbuilt_function
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.construction import Init, shutdown_init_context
+from deepspeed.runtime.zero.gathering import GatheredParameters
+from deepspeed.runtime.zero.sharded_parameter import ZeroParamStatus, ZeroParamType, is_sharded
 
-_STAGE3 = "ZeRO stage 3"
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "ZeroParamStatus",
+    "ZeroParamType",
+    "get_accelerator",
+    "is_zero_param",
+    "register_external_parameter",
+    "shutdown_init_context",
+    "unregister_external_parameter",
+    "unwrap_model_for_generation",
+    "zero_wrapper_for_fp_tensor_constructor",
+]
 
-
-class ZeroParamType(Enum):
-    """How a parameter is kept."""
-
-    NORMAL = 1
-    PARTITIONED = 2
-    REMOTE = 3
-
-
-class ZeroParamStatus(Enum):
-    """Whether a sharded parameter is whole at the moment."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
-
-
-class Init(contextlib.AbstractContextManager["Init"]):
-    """Context in which modules are built sharded (stage 3). `enabled=False` builds them as usual."""
-
-    def __init__(self, module: torch.nn.Module | None = None, *args: Any, enabled: bool = True, **kwargs: Any):
-        if enabled:
-            not_built("deepspeed.zero.Init", _STAGE3)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        return None
+_orig_torch_arange = torch.arange
 
 
-class GatheredParameters(contextlib.AbstractContextManager[None]):
-    """Context in which the given parameters are whole on every rank; whole parameters are left as they are."""
-
-    def __init__(
-        self,
-        params: torch.nn.Parameter | Iterable[torch.nn.Parameter],
-        modifier_rank: int | None = None,
-        fwd_module: torch.nn.Module | None = None,
-        enabled: bool = True,
-    ):
-        listed = [params] if isinstance(params, torch.Tensor) else list(params)
-        if enabled and any(hasattr(parameter, "ds_id") for parameter in listed):
-            not_built("deepspeed.zero.GatheredParameters on a sharded parameter", _STAGE3)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        return None
+def is_zero_param(parameter: Any) -> bool:
+    """Whether stage 3 keeps this parameter."""
+    return is_sharded(parameter)
 
 
-register_external_parameter = unbuilt_function("deepspeed.zero.register_external_parameter", _STAGE3)
-unregister_external_parameter = unbuilt_function("deepspeed.zero.unregister_external_parameter", _STAGE3)
+def zero_wrapper_for_fp_tensor_constructor(function: Any, _dtype: torch.dtype) -> Any:
+    """Tensors are made as torch makes them, and cast when they are moved; clients replace this name."""
+    return function
+
+
+def register_external_parameter(module: torch.nn.Module, parameter: torch.nn.Parameter) -> None:
+    """Says that `module` computes with a parameter of another module. Nothing has to follow: whoever reads a parameter that
+    is not whole gathers it."""
+    if not isinstance(parameter, torch.nn.Parameter):
+        raise RuntimeError(f"expected a torch.nn.Parameter, got {type(parameter).__name__}")
+
+
+def unregister_external_parameter(module: torch.nn.Module, parameter: torch.nn.Parameter) -> None:
+    """Takes `register_external_parameter` back."""
+    if not isinstance(parameter, torch.nn.Parameter):
+        raise RuntimeError(f"expected a torch.nn.Parameter, got {type(parameter).__name__}")
+
+
+_STAGE3 = "ZeRO stage 3's module wrappers"
 unwrap_model_for_generation = unbuilt_function("deepspeed.zero.unwrap_model_for_generation", _STAGE3)
 TiledLinear = unbuilt_class("deepspeed.zero.TiledLinear", _STAGE3)
 TiledLinearReturnBias = unbuilt_class("deepspeed.zero.TiledLinearReturnBias", _STAGE3)

@@ -1,0 +1,223 @@
+//! From the gradients of a backward pass to the rank's shards of their average.
+//!
+//! A face either hands over everything when the pass is over ([`Engine::end_backward`]), or tells during the pass which
+//! units are complete ([`Engine::complete_unit`]) and hands those over ([`Engine::reduce_units`]), so that no more than a
+//! few units' gradients exist at a time; `end_backward` then takes the rest.
+
+use std::sync::Arc;
+
+use deepspeed_comm::{Into, Pieces};
+use deepspeed_core::{AlignedBuffer, DType, Layout, ParamId, Span, Unit, UnitId};
+use deepspeed_monitor::Phase;
+use deepspeed_zero::{ReduceAt, reduce_unit, unit_name};
+
+use crate::{Engine, EngineError, engine::check_length};
+
+/// Gradients by parameter id.
+type Gradients<'g, 'a> = &'g [Option<Span<'a>>];
+
+impl Engine {
+    /// Whether this pass reduces units as they become complete. If not, there is nothing to tell before its end.
+    pub fn reduces_early(&self) -> bool {
+        self.policy.reduce == ReduceAt::MicroBatch && !self.accumulation.is_suspended()
+    }
+
+    /// Whether to wait for a gradient of `param` before its unit is complete: it had one in the last pass. One that comes
+    /// after its unit was reduced is reduced at the end of the pass.
+    pub fn expects_gradient(&self, param: ParamId) -> bool {
+        self.delivery.expects(param)
+    }
+
+    /// All gradients of `unit` are there: the units to hand to [`Engine::reduce_units`] now, in order.
+    pub fn complete_unit(&mut self, unit: UnitId) -> Vec<UnitId> {
+        if self.reduces_early() { self.order.complete(unit) } else { Vec::new() }
+    }
+
+    /// Whether units of the current pass were reduced before its end.
+    pub fn pass_has_begun(&self) -> bool {
+        self.order.has_begun()
+    }
+
+    /// Reduces `units`, which [`Engine::complete_unit`] gave. Of `gradients` (by parameter id) only theirs are read, and
+    /// their memory is free again afterwards. `factor` is as for [`Engine::end_backward`]. Collective.
+    ///
+    /// # Errors
+    /// As [`Engine::end_backward`].
+    pub fn reduce_units(
+        &mut self,
+        units: &[UnitId],
+        gradients: Gradients<'_, '_>,
+        factor: f32,
+    ) -> Result<(), EngineError> {
+        self.check_gradients(gradients)?;
+        self.mark(Some(Phase::Reduce));
+        self.delivery.record(gradients);
+        self.reduce(units, gradients, factor)?;
+        self.mark(Some(Phase::Backward));
+        Ok(())
+    }
+
+    /// Takes the gradients of one backward pass, by parameter id; the memory is free again afterwards. Collective.
+    ///
+    /// `factor` is what the loss lacks of [`loss_factor`](Self::loss_factor): 1 where it was multiplied by that, else
+    /// the gradients are multiplied here, which is the same but for what fp16 has lost by then.
+    ///
+    /// # Errors
+    /// [`EngineError::Comm`], or a gradient that does not fit its parameter.
+    pub fn end_backward(&mut self, gradients: Gradients<'_, '_>, factor: f32) -> Result<(), EngineError> {
+        self.check_gradients(gradients)?;
+        self.mark(Some(Phase::Reduce));
+        self.delivery.record(gradients);
+        self.delivery.end_pass();
+        let boundary = self.accumulation.is_boundary();
+        if self.reduces_early() {
+            self.end_early_reduction(gradients, factor)?;
+        } else if boundary && !self.accumulator.is_filled() {
+            let units = self.order.finish();
+            self.reduce(&units, gradients, factor)?;
+        } else {
+            let scaled = Scaled::new(&self.layout, None, gradients, factor);
+            self.accumulator.add(&self.layout, &scaled.spans(gradients));
+            if boundary {
+                let accumulator = std::mem::take(&mut self.accumulator);
+                let units = self.order.finish();
+                let reduced = self.reduce_pieces(&units, |layout, unit| accumulator.pieces(layout, unit.id));
+                self.accumulator = accumulator;
+                self.accumulator.clear();
+                reduced?;
+            }
+        }
+        self.mark(None);
+        Ok(())
+    }
+
+    /// The units that are left, and then those which got gradients after they were reduced: of a parameter that several
+    /// backward passes of one step reach (reentrant activation checkpointing of a tied weight), say.
+    fn end_early_reduction(&mut self, gradients: Gradients<'_, '_>, factor: f32) -> Result<(), EngineError> {
+        let layout = Arc::clone(&self.layout);
+        let has_gradient =
+            |unit: &Unit| unit.slots.iter().any(|slot| gradients[slot.param.index()].is_some());
+        let begun = self.order.has_begun();
+        let late: Vec<u8> = layout
+            .units
+            .iter()
+            .map(|unit| u8::from(self.order.is_handed_out(unit.id) && has_gradient(unit)))
+            .collect();
+        let rest = self.order.finish();
+        self.reduce(&rest, gradients, factor)?;
+        // A rank whose hooks never fired has nothing late, but must answer those whose hooks did.
+        let mine = if begun { late } else { Vec::new() };
+        let all = self.group.all_gather_bytes("units with late gradients", &mine)?;
+        let units: Vec<UnitId> = layout
+            .units
+            .iter()
+            .rev()
+            .map(|unit| unit.id)
+            .filter(|unit| all.iter().any(|rank| rank.get(unit.index()) == Some(&1)))
+            .collect();
+        if units.is_empty() {
+            return Ok(());
+        }
+        // What this rank has just reduced with the rest must not count twice.
+        let only_late: Vec<Option<Span<'_>>> = {
+            let mut spans = vec![None; gradients.len()];
+            let own = units.iter().filter(|unit| mine.get(unit.index()) == Some(&1));
+            for slot in own.flat_map(|unit| &layout.units[unit.index()].slots) {
+                spans[slot.param.index()] = gradients[slot.param.index()];
+            }
+            spans
+        };
+        self.reduce(&units, &only_late, factor)
+    }
+
+    fn check_gradients(&self, gradients: Gradients<'_, '_>) -> Result<(), EngineError> {
+        self.check_count("gradients", gradients.len(), self.layout.params.len())?;
+        for (spec, gradient) in self.layout.params.iter().zip(gradients) {
+            if let Some(gradient) = gradient {
+                check_length("gradient", spec, gradient.len())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn reduce(
+        &mut self,
+        units: &[UnitId],
+        gradients: Gradients<'_, '_>,
+        factor: f32,
+    ) -> Result<(), EngineError> {
+        let scaled = Scaled::new(&self.layout, Some(units), gradients, factor);
+        let spans = scaled.spans(gradients);
+        self.reduce_pieces(units, |_, unit| pieces(unit, &spans, factor != 1.0))
+    }
+
+    fn reduce_pieces<'a>(
+        &mut self,
+        units: &[UnitId],
+        pieces: impl Fn(&Layout, &Unit) -> Pieces<'a>,
+    ) -> Result<(), EngineError> {
+        let layout = Arc::clone(&self.layout);
+        for id in units {
+            let unit = &layout.units[id.index()];
+            let into = if self.reduced[id.index()] { Into::Add } else { Into::Store };
+            let shard = &mut self.shards[id.index()];
+            let what = unit_name(&layout, unit);
+            reduce_unit(&*self.group, &what, unit, &pieces(&layout, unit), &self.exchange, shard, into)?;
+            self.reduced[id.index()] = true;
+        }
+        Ok(())
+    }
+}
+
+/// fp32 copies of gradients, multiplied by what their loss lacked; none where it lacked nothing.
+struct Scaled(Vec<Option<AlignedBuffer>>);
+
+impl Scaled {
+    /// Copies the gradients of `units` (of all, with `None`).
+    fn new(layout: &Layout, units: Option<&[UnitId]>, gradients: Gradients<'_, '_>, factor: f32) -> Self {
+        if factor == 1.0 {
+            return Self(Vec::new());
+        }
+        let mut copies: Vec<Option<AlignedBuffer>> = gradients.iter().map(|_| None).collect();
+        let chosen = |unit: &&Unit| units.is_none_or(|units| units.contains(&unit.id));
+        for slot in layout.units.iter().filter(chosen).flat_map(|unit| &unit.slots) {
+            let index = slot.param.index();
+            copies[index] = gradients[index].map(|span| {
+                let mut copy = AlignedBuffer::zeroed(span.len(), DType::F32);
+                deepspeed_kernels::cast(span, copy.span_mut());
+                deepspeed_kernels::scale_in_place(copy.as_f32_mut(), factor);
+                copy
+            });
+        }
+        Self(copies)
+    }
+
+    /// The copies, or the originals where there are none.
+    fn spans<'a>(&'a self, originals: Gradients<'_, 'a>) -> Vec<Option<Span<'a>>> {
+        if self.0.is_empty() {
+            return originals.to_vec();
+        }
+        self.0.iter().map(|copy| copy.as_ref().map(AlignedBuffer::span)).collect()
+    }
+}
+
+/// The gradients of `unit` where the framework left them. Where there is none, an empty run still says in which dtype
+/// they would have been, so that ranks agree on it.
+fn pieces<'a>(unit: &Unit, gradients: Gradients<'_, 'a>, in_fp32: bool) -> Pieces<'a> {
+    let given =
+        unit.slots.iter().filter_map(|slot| gradients[slot.param.index()].map(|span| (slot.offset, span)));
+    let mut runs: Vec<_> = given.collect();
+    if runs.is_empty() {
+        runs.push((0, empty(if in_fp32 { DType::F32 } else { unit.dtype })));
+    }
+    Pieces { len: unit.len(), runs }
+}
+
+/// No elements of `dtype`.
+fn empty(dtype: DType) -> Span<'static> {
+    match dtype {
+        DType::F32 => Span::from(&[] as &[f32]),
+        DType::F16 => Span::from(&[] as &[half::f16]),
+        DType::BF16 => Span::from(&[] as &[half::bf16]),
+    }
+}

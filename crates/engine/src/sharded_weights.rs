@@ -1,0 +1,96 @@
+//! Stage 3: the weights that a rank keeps only a shard of.
+
+use std::path::Path;
+
+use deepspeed_comm::{CommError, Group, SharedUnits};
+use deepspeed_core::{AlignedBuffer, Layout, Rank, Span, SpanMut, Unit};
+
+/// The shards of one layout's units, in the model's dtype.
+#[derive(Debug)]
+pub(crate) enum Shards {
+    /// One copy for all ranks of the host: what others own is there to be read, and nothing is ever gathered.
+    Shared(SharedUnits),
+    /// Memory of this rank alone; whoever computes gathers units first.
+    Private(Vec<AlignedBuffer>),
+}
+
+impl Shards {
+    /// Zeroed shards of the units of `layout`. Collective.
+    ///
+    /// # Errors
+    /// [`CommError`] where shared memory, or disk in `folder`, is refused.
+    pub(crate) fn new(
+        group: &dyn Group,
+        what: &str,
+        layout: &Layout,
+        folder: Option<&Path>,
+    ) -> Result<Self, CommError> {
+        if group.shares_memory() {
+            return Ok(Self::Shared(SharedUnits::share(group, what, layout, folder)?));
+        }
+        let zeros = |unit: &Unit| AlignedBuffer::zeroed(unit.shard_len, unit.dtype);
+        Ok(Self::Private(layout.units.iter().map(zeros).collect()))
+    }
+
+    /// This rank's shard of `unit`.
+    pub(crate) fn own(&self, unit: &Unit) -> Span<'_> {
+        match self {
+            Self::Shared(units) => units.own(unit),
+            Self::Private(shards) => shards[unit.id.index()].span(),
+        }
+    }
+
+    /// This rank's shards of all units, by unit id.
+    pub(crate) fn own_mut(&mut self) -> Vec<SpanMut<'_>> {
+        match self {
+            Self::Shared(units) => units.own_mut(),
+            Self::Private(shards) => shards.iter_mut().map(AlignedBuffer::span_mut).collect(),
+        }
+    }
+
+    /// Fills this rank's shards from whole parameters of any dtype, by parameter id.
+    pub(crate) fn fill(&mut self, layout: &Layout, rank: Rank, params: &[Span<'_>]) {
+        for (unit, mut own) in layout.units.iter().zip(self.own_mut()) {
+            let shard = unit.shard(rank);
+            for fragment in unit.fragments(shard.clone()) {
+                let source = params[fragment.param.index()].slice(fragment.param_offset, fragment.len);
+                let target = own.slice_mut(fragment.unit_offset - shard.start, fragment.len);
+                deepspeed_kernels::cast(source, target);
+            }
+        }
+    }
+
+    /// The memory that all ranks share, if they do.
+    pub(crate) fn shared(&self) -> Option<&SharedUnits> {
+        match self {
+            Self::Shared(units) => Some(units),
+            Self::Private(_) => None,
+        }
+    }
+
+    /// Bytes of memory this rank is charged with: its shards.
+    pub(crate) fn bytes(&self, layout: &Layout) -> usize {
+        layout.units.iter().map(|unit| unit.shard_len * unit.dtype.size()).sum()
+    }
+}
+
+/// Trained and frozen weights at stage 3.
+#[derive(Debug)]
+pub(crate) struct ShardedWeights {
+    pub(crate) trained: Shards,
+    /// The layout of the parameters that are not trained, and their weights.
+    pub(crate) frozen_layout: Layout,
+    pub(crate) frozen: Shards,
+}
+
+impl ShardedWeights {
+    /// Gives the memory of weights that lie in a file back to the system: they are read again when they are used.
+    pub(crate) fn give_back_pages(&self) -> Result<(), CommError> {
+        for shards in [&self.trained, &self.frozen] {
+            if let Some(units) = shards.shared() {
+                units.region().drop_pages(0, units.region().len())?;
+            }
+        }
+        Ok(())
+    }
+}
