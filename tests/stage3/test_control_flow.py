@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from harness import run_outcomes, run_ranks
 from models import CASES, Case, build, point_batch, points, sequences, token_loss
-from variants import STAGE_3, VARIANTS, config, digest, micro_step, start
+from variants import BLOCKS, STAGE_3, VARIANTS, config, digest, micro_step, start
 
 REFERENCE, *OTHERS = VARIANTS
 
@@ -81,12 +81,17 @@ def test_any_order_of_modules_gives_the_same_bits(name: str, world: int, tmp_pat
     assert_same(run_ranks(in_order, world, name, str(tmp_path)))
 
 
+def over_any_transport(variants: Any) -> list[str]:
+    """Weights in a file are for ranks that share it."""
+    return [name for name in variants if BLOCKS[name].get("offload_param", {}).get("device") != "nvme"]
+
+
 def over_gloo(name: str, folder: str) -> dict[str, Any]:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=15), verbose=False)
     out = {}
-    for variant in VARIANTS:
+    for variant in over_any_transport(VARIANTS):
         engine = start(config(variant, folder=folder), build(ORDERS[name]))
         assert "gloo" in engine._group.transport
         out[variant] = trained(engine, ORDERS[name])
@@ -98,8 +103,10 @@ def over_gloo(name: str, folder: str) -> dict[str, Any]:
 def test_any_order_of_modules_gives_the_same_bits_over_gloo(name: str, tmp_path: Any) -> None:
     """Where weights have to be sent, too: a rank that another one needs for a gathering takes part in it."""
     found = run_ranks(over_gloo, 2, name, str(tmp_path), deadline=90)
-    assert_same(found)
-    assert found == run_ranks(in_order, 2, name, str(tmp_path))
+    shared = run_ranks(in_order, 2, name, str(tmp_path))
+    for rank, results in enumerate(found):
+        for variant, result in results.items():
+            assert result == shared[rank][variant], f"rank {rank}, variant {variant!r}"
 
 
 def with_evaluation(folder: str) -> dict[str, Any]:

@@ -413,11 +413,12 @@ def written(precision: str) -> dict[str, Any]:
         seen = [micro_step(engine, case, 0, DTYPES[precision])]
         weight, up = engine.module.second[0].weight, engine.module.up.weight
         shape = getattr(weight, "ds_shape", weight.shape)
-        with deepspeed.zero.GatheredParameters([up], modifier_rank=0), torch.no_grad():
-            if engine.global_rank == 0 or stage == 2:
-                up.mul_(0.5)
-        if stage == 2:
-            engine.optimizer.refresh_fp32_params()
+        if precision == "fp32":  # in 16 bits stage 2 would make masters of all rounded weights
+            with deepspeed.zero.GatheredParameters([up], modifier_rank=0), torch.no_grad():
+                if engine.global_rank == 0 or stage == 2:
+                    up.mul_(0.5)
+            if stage == 2:
+                engine.optimizer.refresh_fp32_params()
         utils.safe_set_full_fp32_param(weight, torch.linspace(-1, 1, shape.numel()).view(shape))
         utils.safe_set_full_optimizer_state(weight, torch.full(tuple(shape), 0.25), "exp_avg")
         arguments, keywords = case.batch(engine.global_rank, 1, DTYPES[precision])
@@ -434,8 +435,6 @@ def written(precision: str) -> dict[str, Any]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_programs_write_counts(precision: str) -> None:
     for found in run_ranks(written, 2, precision, deadline=90):
-        if precision == "bf16":  # refresh_fp32_params rounds every master at stage 2, writing only what was written
-            continue
         assert found[3] == found[2]
 
 

@@ -37,15 +37,14 @@ class GatheredParameters(contextlib.AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         for home, parameters in self._by_home.items():
+            writer, last = self._modifier_rank, home.group.world_size - 1
+            if writer is not None and not 0 <= writer <= last:
+                raise ValueError(f"modifier_rank={writer}: the group has ranks 0 to {last}")
             home.begin_read(parameters)
-            if self._modifier_rank is None:
+            if writer is None:
                 continue
-            if not 0 <= self._modifier_rank < home.group.world_size:
-                raise ValueError(
-                    f"modifier_rank={self._modifier_rank}: the group has ranks 0 to {home.group.world_size - 1}"
-                )
             home.group.barrier("the beginning of GatheredParameters")
-            if home.group.rank == self._modifier_rank:
+            if home.group.rank == writer:
                 home.begin_write(parameters)
 
     def __exit__(
