@@ -377,3 +377,27 @@ def one_rank_gathers() -> None:
 def test_a_gathering_that_one_rank_enters_is_no_hang() -> None:
     outcomes = run_outcomes(one_rank_gathers, 2, deadline=60)
     assert all(outcome.status in ("raised", "returned") for outcome in outcomes), [o.describe() for o in outcomes]
+
+
+def offloaded_and_back() -> dict[str, Any]:
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+    engine = start(config("3"), build(CASES["gpt"]))
+    before = digest(engine.module)
+    engine.offload_states(include=[OffloadStateTypeEnum.optim_states, "lp_params"])
+    engine.reload_states()
+    engine.empty_partition_cache()
+    found = {"same": digest(engine.module) == before}
+    for what, arguments in {"device": {"device": "nvme"}, "kind": {"include": ["moments"]}}.items():
+        try:
+            engine.offload_states(**arguments)
+        except ValueError as error:
+            found[what] = str(error)
+    return found
+
+
+def test_offload_states_of_a_model_on_the_cpu() -> None:
+    for found in run_ranks(offloaded_and_back, 2):
+        assert found["same"]
+        assert "offload_optimizer" in found["device"]
+        assert "moments" in found["kind"]

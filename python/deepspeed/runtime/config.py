@@ -65,7 +65,7 @@ class DeepSpeedConfig:
     _param_dict: dict[str, Any]
 
     def __init__(self, config: str | os.PathLike[str] | Mapping[str, Any], mpu: Any = None, mesh_device: Any = None):
-        self.native = _judge(config)
+        self.native = judge(config)
         if _rank() == 0:
             for warning in self.native.warnings:
                 logger.warning(warning)
@@ -83,7 +83,8 @@ class DeepSpeedConfig:
         logger.info("config:\n%s", json.dumps(self._param_dict, indent=2, default=str))
 
 
-def _judge(config: str | os.PathLike[str] | Mapping[str, Any]) -> _native.Config:
+def judge(config: str | os.PathLike[str] | Mapping[str, Any]) -> _native.Config:
+    """The judged config of a file, a dict or base64; batch numbers may be missing or left to others ("auto")."""
     strict = os.environ.get("DS_CONFIG_STRICT")
     if isinstance(config, Mapping):
         return _native.Config.from_dict_text(json.dumps(config, default=str), strict)

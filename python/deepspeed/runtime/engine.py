@@ -23,6 +23,7 @@ from deepspeed.runtime.carried_state import describe_state
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
+from deepspeed.runtime.engine_states import StateMethods
 from deepspeed.runtime.optimizer_setup import build_optimizer, build_scheduler
 from deepspeed.runtime.parameters import TrainedParameters, cast_buffers, cast_floating, grad_tensors
 from deepspeed.runtime.unit_hooks import UnitHooks
@@ -39,7 +40,7 @@ from deepspeed.utils.z3_leaf_module import mark_leaves
 _OWN = frozenset({"module", "_native", "optimizer", "lr_scheduler"})
 
 
-class DeepSpeedEngine(CheckpointMethods, ConfigMethods, torch.nn.Module):
+class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.Module):
     """What `deepspeed.initialize` returns first.
 
     Call it like the module, then `backward(loss)` and `step()`; the loop is the same whatever the ZeRO stage,

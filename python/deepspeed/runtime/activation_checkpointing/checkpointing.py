@@ -20,7 +20,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig, _judge
+from deepspeed.runtime.config import DeepSpeedConfig, judge
 from deepspeed.utils.logging import log_dist, warning_once
 
 _MODEL_PARALLEL_RNG = "model-parallel-rng"
@@ -111,7 +111,7 @@ def _block(config: Any) -> dict[str, Any]:
     """The config's block, by the names of `configure`'s arguments."""
     if config is None:
         return {}
-    native = config.native if isinstance(config, DeepSpeedConfig) else _judge(config)
+    native = config.native if isinstance(config, DeepSpeedConfig) else judge(config)
     block = native.raw().get("activation_checkpointing") or {}
     return {_KEYS[key]: value for key, value in block.items() if value is not None}
 

@@ -138,9 +138,9 @@ def _dtype_rule(dtype: torch.dtype | None, config: Any) -> Callable[[torch.dtype
         return lambda _own: dtype
     if config is None:
         return lambda own: own
-    from deepspeed.runtime.config import _judge
+    from deepspeed.runtime.config import judge
 
-    return _judge(config).compute_dtype
+    return judge(config).compute_dtype
 
 
 def _patch_construction(stack: contextlib.ExitStack) -> None:
