@@ -158,11 +158,6 @@ impl Region {
         self.guard.is_some()
     }
 
-    /// Where the bytes lie: "host memory", "a file in /nvme".
-    pub fn place(&self) -> &str {
-        &self.place
-    }
-
     /// Address of the framework's view. It stays for as long as the region lives.
     pub fn address(&self) -> usize {
         self.view.as_ptr().addr()

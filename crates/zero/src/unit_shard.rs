@@ -1,7 +1,5 @@
 //! What a rank keeps of one unit.
 
-use std::ops::Range;
-
 use deepspeed_core::{AlignedBuffer, DType, ParamId, Rank, Span, Unit};
 
 /// A rank's shard of one unit: reduced gradients, fp32 masters, optimizer state. All `shard_len` elements of fp32.
@@ -64,11 +62,6 @@ impl UnitShard {
         if let Some(master) = &mut self.master {
             deepspeed_kernels::cast(weights, master.span_mut());
         }
-    }
-
-    /// One rank's part of state tensor `index`, elements `range` of the shard.
-    pub fn state_range(&self, index: usize, range: Range<usize>) -> &[f32] {
-        &self.state[index].as_f32()[range]
     }
 }
 

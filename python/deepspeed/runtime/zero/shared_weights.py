@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from deepspeed import _native
-from deepspeed._features import not_built
 from deepspeed.runtime.parameters import TrainedParameters
 from deepspeed.runtime.zero.sharded_parameter import Home, mark_sharded
 
@@ -79,11 +78,7 @@ def share_weights(
     `GatheredParameters`.
     """
     found = native.shared_weights()
-    if found is None:
-        not_built(
-            "zero_optimization.stage 3 over torch.distributed",
-            "gathering of weights that ranks do not share (stage 3 trains where all ranks share one host's memory)",
-        )
+    assert found is not None, "weights are shared only where all ranks of the group share memory"
     weights, trained_addresses, frozen_addresses = found
     home = EngineHome(native, group, weights, trained.tensors)
     parameters = [*trained.tensors, *frozen.values()]
