@@ -73,6 +73,7 @@ mod lock;
 mod manifest;
 mod reader;
 mod record;
+mod source;
 mod tag;
 mod writer;
 
@@ -84,6 +85,7 @@ pub use latest::{CompleteTag, complete_tags};
 pub use manifest::{CommitParts, FORMAT_VERSION, Manifest};
 pub use reader::Checkpoint;
 pub use record::{BlobRecord, FileRecord, ParamRecord, RankRecord, SliceRecord, TensorRecord};
+pub use source::{Source, TensorFacts};
 pub use tag::validate_tag;
 pub use writer::{RankWriter, SliceSource, TensorSource};
 

@@ -1,0 +1,236 @@
+//! Loading: every rank the elements it needs, whatever world and stage wrote them.
+
+use std::path::Path;
+
+use deepspeed_checkpoint::{Checkpoint, CheckpointError, kind};
+use deepspeed_core::{DType, Layout, ParamSpec, Rank, Span, SpanMut};
+use deepspeed_optim::{Hyper, state_names};
+
+use super::agree::agree;
+use crate::{Engine, EngineError, sharded_weights::Shards};
+
+/// What to load of a checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// Only weights: no optimizer state, no counters.
+    pub module_only: bool,
+    /// The optimizer's state; without it, masters are made from the weights.
+    pub optimizer_states: bool,
+    /// Whether every parameter of the model must be in the checkpoint and the other way round.
+    pub strict: bool,
+}
+
+impl Engine {
+    /// Loads what `options` ask for from the checkpoint `tag` of `dir` (or the latest) into the engine, into `weights`
+    /// (by parameter id) and into `frozen` ones (by name). `None` if there is no `latest`. Collective.
+    ///
+    /// # Errors
+    /// [`EngineError::Checkpoint`] on every rank if anything failed on any.
+    pub fn load_checkpoint(
+        &mut self,
+        dir: &Path,
+        tag: Option<&str>,
+        options: LoadOptions,
+        hypers: &[Hyper],
+        weights: &mut [SpanMut<'_>],
+        frozen: &mut [(String, SpanMut<'_>)],
+    ) -> Result<Option<Checkpoint>, EngineError> {
+        let group = self.group.clone();
+        let group = &*group;
+        group.set_activity("load_checkpoint");
+        let opened = Checkpoint::open(dir, tag);
+        let (checkpoint, tags) = agree(group, "checkpoint to load", opened, |checkpoint| {
+            checkpoint.as_ref().map_or_else(Vec::new, |it| it.tag().as_bytes().to_vec())
+        })?;
+        if let Some(other) = tags.iter().position(|tag| *tag != tags[0]) {
+            let name = |rank: usize| match String::from_utf8_lossy(&tags[rank]).into_owned() {
+                empty if empty.is_empty() => "no checkpoint".to_owned(),
+                tag => format!("`{tag}`"),
+            };
+            return Err(EngineError::Usage(format!(
+                "ranks would load different checkpoints from {}: rank 0 finds {}, rank {other} finds {}; is the folder \
+                 shared by all ranks, and do they pass the same tag?",
+                dir.display(),
+                name(0),
+                name(other)
+            )));
+        }
+        let Some(checkpoint) = checkpoint else {
+            group.set_activity("");
+            return Ok(None);
+        };
+        let checked = checkpoint.verify_share(group.rank(), group.world());
+        agree(group, "checksums of the checkpoint", checked, |()| Vec::new())?;
+        self.check_parameters(&checkpoint, options, frozen)?;
+        let read = self.read(&checkpoint, options, hypers, weights, frozen);
+        agree(group, "contents of the checkpoint", read, |()| Vec::new())?;
+        if !options.module_only {
+            self.load_state(checkpoint.state())?;
+        }
+        self.discard_gradients();
+        group.set_activity("");
+        Ok(Some(checkpoint))
+    }
+
+    /// Compares the model's parameters with the checkpoint's; the same on every rank.
+    fn check_parameters(
+        &self,
+        checkpoint: &Checkpoint,
+        options: LoadOptions,
+        frozen: &[(String, SpanMut<'_>)],
+    ) -> Result<(), EngineError> {
+        let mut problems = Vec::new();
+        for spec in &self.layout.params {
+            match checkpoint.param(&spec.name) {
+                Some(stored) if stored.shape != spec.shape => problems.push(format!(
+                    "`{}` has shape {:?} in the checkpoint and {:?} in the model",
+                    spec.name, stored.shape, spec.shape
+                )),
+                None if options.strict => {
+                    problems.push(format!("the checkpoint has no parameter `{}`", spec.name));
+                }
+                Some(_) | None => {}
+            }
+        }
+        let sharded = self.weights.as_ref().map_or(&[] as &[ParamSpec], |it| &it.frozen_layout.params);
+        let ours = |name: &str| {
+            self.layout.params.iter().chain(sharded).any(|spec| spec.name == name)
+                || frozen.iter().any(|(it, _)| it == name)
+        };
+        if options.strict {
+            let extra = checkpoint.manifest().params.iter().filter(|param| !ours(&param.name));
+            problems.extend(extra.map(|param| format!("the model has no parameter `{}`", param.name)));
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let count = problems.len();
+        problems.truncate(5);
+        Err(EngineError::Usage(format!(
+            "checkpoint {} does not fit the model ({count} difference{}): {}{}",
+            checkpoint.folder().display(),
+            if count == 1 { "" } else { "s" },
+            problems.join("; "),
+            if options.strict { "; load_module_strict=False loads what fits" } else { "" }
+        )))
+    }
+
+    fn read(
+        &mut self,
+        checkpoint: &Checkpoint,
+        options: LoadOptions,
+        hypers: &[Hyper],
+        weights: &mut [SpanMut<'_>],
+        frozen: &mut [(String, SpanMut<'_>)],
+    ) -> Result<(), EngineError> {
+        let rank = self.group.rank();
+        if let Some(sharded) = &mut self.weights {
+            read_shards(checkpoint, &self.layout, &mut sharded.trained, rank)?;
+            read_shards(checkpoint, &sharded.frozen_layout, &mut sharded.frozen, rank)?;
+            self.load_masters_from_shards()?;
+        } else {
+            for (spec, weights) in self.layout.params.iter().zip(weights.iter_mut()) {
+                if checkpoint.param(&spec.name).is_some() {
+                    let kind = weight_kind(checkpoint, spec);
+                    read_cast(checkpoint, &spec.name, kind, 0..spec.numel(), weights)?;
+                }
+            }
+            let spans: Vec<Span<'_>> = weights.iter().map(SpanMut::as_span).collect();
+            self.load_masters(&spans)?;
+        }
+        for (name, weights) in frozen.iter_mut() {
+            if checkpoint.dtype(name, kind::WEIGHT).is_some() {
+                read_cast(checkpoint, name, kind::WEIGHT, 0..weights.len(), weights)?;
+            }
+        }
+        let names = hypers.first().map_or(&[] as &[&str], state_names);
+        if options.module_only || !options.optimizer_states {
+            return Ok(());
+        }
+        for unit in &self.layout.units {
+            let shard = &mut self.shards[unit.id.index()];
+            let range = unit.shard(rank);
+            for fragment in unit.fragments(range.clone()) {
+                let name = &self.layout.param(fragment.param).name;
+                if checkpoint.param(name).is_none() {
+                    continue;
+                }
+                let start = fragment.unit_offset - range.start;
+                let part = start..start + fragment.len;
+                let stored = fragment.param_offset..fragment.param_offset + fragment.len;
+                if let Some(master) = &mut shard.master
+                    && checkpoint.dtype(name, kind::MASTER).is_some()
+                {
+                    let mut target = SpanMut::from(&mut master.as_f32_mut()[part.clone()]);
+                    read_cast(checkpoint, name, kind::MASTER, stored.clone(), &mut target)?;
+                }
+                for (state, tensor) in names.iter().zip(&mut shard.state) {
+                    let mut target = SpanMut::from(&mut tensor.as_f32_mut()[part.clone()]);
+                    read_cast(checkpoint, name, state, stored.clone(), &mut target)?;
+                }
+                if let Some(offloaded) = self.offloaded.as_ref().filter(|it| it.holds(unit.id)) {
+                    let master = offloaded.has_master(unit.id).then_some((kind::MASTER, None));
+                    let master = master.filter(|(kind, _)| checkpoint.dtype(name, kind).is_some());
+                    let states = names.iter().enumerate().map(|(index, name)| (*name, Some(index)));
+                    let mut values = vec![0.0f32; fragment.len];
+                    for (kind, state) in master.into_iter().chain(states) {
+                        let mut target = SpanMut::from(&mut values[..]);
+                        read_cast(checkpoint, name, kind, stored.clone(), &mut target)?;
+                        offloaded.write(unit.id, state, start, Span::from(&values[..]))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where the weights of a parameter are read from: fp32 weights are masters, so they come from the masters of a checkpoint
+/// that was trained in 16 bits.
+fn weight_kind(checkpoint: &Checkpoint, spec: &ParamSpec) -> &'static str {
+    let masters = spec.dtype == DType::F32 && checkpoint.dtype(&spec.name, kind::MASTER).is_some();
+    if masters { kind::MASTER } else { kind::WEIGHT }
+}
+
+/// Reads this rank's shards of the weights.
+fn read_shards(
+    checkpoint: &Checkpoint,
+    layout: &Layout,
+    shards: &mut Shards,
+    rank: Rank,
+) -> Result<(), CheckpointError> {
+    for (unit, mut own) in layout.units.iter().zip(shards.own_mut()) {
+        let range = unit.shard(rank);
+        for fragment in unit.fragments(range.clone()) {
+            let spec = layout.param(fragment.param);
+            if checkpoint.dtype(&spec.name, kind::WEIGHT).is_none() {
+                continue;
+            }
+            let stored = fragment.param_offset..fragment.param_offset + fragment.len;
+            let mut target = own.slice_mut(fragment.unit_offset - range.start, fragment.len);
+            read_cast(checkpoint, &spec.name, weight_kind(checkpoint, spec), stored, &mut target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads `range` of a parameter's `kind` into `target`, cast to its dtype.
+///
+/// # Errors
+/// [`CheckpointError`] if it is not stored, or damaged.
+pub fn read_cast(
+    checkpoint: &Checkpoint,
+    name: &str,
+    kind: &str,
+    range: std::ops::Range<usize>,
+    target: &mut SpanMut<'_>,
+) -> Result<(), CheckpointError> {
+    if checkpoint.dtype(name, kind) == Some(target.dtype()) {
+        let len = target.len();
+        return checkpoint.read(name, kind, range, target.slice_mut(0, len));
+    }
+    let start = range.start;
+    checkpoint.visit(name, kind, range, |at, elements| {
+        deepspeed_kernels::cast(elements, target.slice_mut(at - start, elements.len()));
+    })
+}
