@@ -51,6 +51,10 @@ pub struct Settings {
     pub weights_folder: Option<PathBuf>,
     /// Where masters and optimizer state lie, if not in memory.
     pub offload: Option<OffloadSettings>,
+    /// With a device: whether masters and optimizer state lie in the host's memory, and are updated there.
+    pub state_on_host: bool,
+    /// With a device, at stage 3: whether shards of the weights lie in the host's memory.
+    pub weights_on_host: bool,
     /// At stage 3 where ranks share no memory: how much is whole at a time.
     pub gathering: GatherLimits,
 }
@@ -86,6 +90,8 @@ impl Default for Settings {
             unit_len: Self::UNIT_LEN,
             weights_folder: None,
             offload: None,
+            state_on_host: false,
+            weights_on_host: false,
             gathering: GatherLimits::default(),
         }
     }
@@ -138,6 +144,8 @@ impl Settings {
                 OffloadDevice::None | OffloadDevice::Cpu => None,
             },
             offload: OffloadSettings::from_config(config),
+            state_on_host: config.zero.offload_optimizer.device != OffloadDevice::None,
+            weights_on_host: config.zero.offload_param.device != OffloadDevice::None,
             gathering: GatherLimits {
                 prefetch_bucket_size: config.zero.gathering.prefetch_bucket_size,
                 max_live_parameters: config.zero.gathering.max_live_parameters,
