@@ -13,7 +13,7 @@ use deepspeed_zero::{
 };
 
 use crate::{
-    Accumulation, Decision, Device, DevicePlan, EngineError, Settings,
+    Accumulation, Decision, Device, EngineError, Settings,
     client::{check_client, check_offload},
     decide,
     delivery::Delivery,
@@ -143,7 +143,7 @@ impl Engine {
     }
 
     /// An engine whose gradients, weights and, unless the settings keep them on the host, masters and optimizer state lie
-    /// on `device`, if there is one; else as [`Engine::new`].
+    /// on `device`, if there is one; else as [`Engine::new`]. [`Engine::lay_out_device`] takes the device's memory.
     ///
     /// # Errors
     /// As [`Engine::new`]; [`EngineError::Device`].
@@ -214,17 +214,6 @@ impl Engine {
                 })
             }
         };
-        if let (Some(device), Some(weights)) = (&device, &weights) {
-            device.lay_out(&DevicePlan {
-                trained: &layout,
-                frozen: &weights.frozen_layout,
-                rank: group.rank(),
-                states,
-                resident: state_on_device,
-                whole_weights: policy.weights == Residency::Whole,
-                weights_on_host: settings.weights_on_host,
-            })?;
-        }
         Ok(Self {
             policy,
             optimizer,
