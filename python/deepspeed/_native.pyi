@@ -344,6 +344,13 @@ class Engine:
         """At stage 3 on one host: what keeps the shared weights alive, and the addresses of all parameters, trained and
         frozen, None for those without elements."""
 
+    def units_given_back(self) -> list[tuple[int, int]]:
+        """The units of weights in a file that do not stay in memory between uses, each with its last parameter; frozen
+        parameters are numbered after the trained ones."""
+
+    def give_back_unit(self, unit: int) -> None:
+        """Gives the memory of such a unit back to the system until it is used again."""
+
     def reload_masters(self, indices: Sequence[int]) -> None:
         """Makes the weights of these parameters, as they are now, the fp32 masters."""
 

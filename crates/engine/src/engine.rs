@@ -3,13 +3,13 @@
 use std::{sync::Arc, time::Instant};
 
 use deepspeed_comm::{CommError, Group};
-use deepspeed_core::{Layout, ParamSpec, SpanMut};
+use deepspeed_core::{Layout, ParamSpec, SpanMut, UnitId};
 use deepspeed_kernels::parallel::Workers;
 use deepspeed_monitor::{Counters, Phase, StepLine, Stopwatch};
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
 use deepspeed_zero::{
-    AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, ReductionOrder, Residency,
-    ShardUpdate, UnitShard, Weights, gather_gradients, publish,
+    AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, Publication, ReductionOrder,
+    Residency, ShardUpdate, UnitShard, Weights, gather_gradients,
 };
 
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
     decide,
     delivery::Delivery,
     nonfinite,
-    sharded_weights::{ShardedWeights, Shards},
+    sharded_weights::{ShardedWeights, give_back},
     update::{ElementWise, Lamb},
 };
 
@@ -176,11 +176,8 @@ impl Engine {
                     )));
                 }
                 let frozen_layout = Layout::new(frozen, group.world(), settings.unit_len)?;
-                Some(ShardedWeights {
-                    trained: Shards::new(&*group, "weights", &layout, folder)?,
-                    frozen: Shards::new(&*group, "frozen weights", &frozen_layout, folder)?,
-                    frozen_layout,
-                })
+                let kept = settings.weights_in_memory.saturating_mul(group.world());
+                Some(ShardedWeights::new(&*group, &layout, frozen_layout, folder, kept)?)
             }
         };
         Ok(Self {
@@ -325,7 +322,7 @@ impl Engine {
     }
 
     fn describe_non_finite(&self) -> Result<String, EngineError> {
-        let found = nonfinite::find(&self.layout, &self.shards, &*self.group)?;
+        let found = nonfinite::find(&self.layout, &self.shards, self.offloaded.as_ref(), &*self.group)?;
         Ok(found.map_or_else(|| "the sum of squared gradients is not finite".to_owned(), |it| it.to_string()))
     }
 
@@ -367,19 +364,21 @@ impl Engine {
         }
         let (group, layout) = (&*self.group, &*self.layout);
         let keeps_weights = self.weights.is_some();
-        let mut spans: Vec<SpanMut<'_>> = match &mut self.weights {
-            Some(sharded) => sharded.trained.own_mut(),
-            None => weights.iter_mut().map(SpanMut::reborrow).collect(),
+        let (mut spans, pages): (Vec<SpanMut<'_>>, &[_]) = match &mut self.weights {
+            Some(ShardedWeights { trained, pages, .. }) => (trained.own_mut(), pages),
+            None => (weights.iter_mut().map(SpanMut::reborrow).collect(), &[]),
         };
         let mut target = if keeps_weights { Weights::Shards(&mut spans) } else { Weights::Whole(&mut spans) };
         let update = update(UpdateParts { layout, shards: &mut self.shards, group }, &mut target)?;
         let offloaded = self.offloaded.as_mut();
-        publish(group, layout, &mut self.shards, offloaded, &mut target, &update, &self.workers)?;
+        let updated = |unit: UnitId| give_back(pages, unit.index());
+        Publication { group, layout, update: &update, workers: &self.workers, updated: &updated }.publish(
+            &mut self.shards,
+            offloaded,
+            &mut target,
+        )?;
         if keeps_weights {
             group.barrier("the updated weights")?;
-        }
-        if let Some(weights) = &self.weights {
-            weights.give_back_pages()?;
         }
         Ok(())
     }

@@ -49,6 +49,8 @@ pub struct Settings {
     pub unit_len: usize,
     /// At stage 3: the folder of the file that holds the weights; `None` for host memory.
     pub weights_folder: Option<PathBuf>,
+    /// Of weights in such a file: elements of each rank's part that stay in memory between uses.
+    pub weights_in_memory: usize,
     /// Where masters and optimizer state lie, if not in memory.
     pub offload: Option<OffloadSettings>,
     /// At stage 3 where ranks share no memory: how much is whole at a time.
@@ -85,6 +87,7 @@ impl Default for Settings {
             threads: 1,
             unit_len: Self::UNIT_LEN,
             weights_folder: None,
+            weights_in_memory: 0,
             offload: None,
             gathering: GatherLimits::default(),
         }
@@ -137,6 +140,7 @@ impl Settings {
                 OffloadDevice::Nvme => config.zero.offload_param.nvme_path.clone(),
                 OffloadDevice::None | OffloadDevice::Cpu => None,
             },
+            weights_in_memory: config.zero.offload_param.max_in_cpu,
             offload: OffloadSettings::from_config(config),
             gathering: GatherLimits {
                 prefetch_bucket_size: config.zero.gathering.prefetch_bucket_size,
