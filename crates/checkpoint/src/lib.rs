@@ -43,6 +43,7 @@
 //!     stage: 0,
 //!     dtype: DType::F32,
 //!     params: vec![ParamRecord::from(&spec)],
+//!     tied: vec![],
 //!     state: serde_json::json!({ "global_steps": 1 }),
 //!     frozen_excluded: false,
 //! };
