@@ -159,7 +159,7 @@ fn tag_facts(dir: &Path, name: &str, latest: Option<&str>) -> Option<TagFacts> {
         format: None,
         world: None,
         stage: None,
-        bytes: folder_bytes(&folder),
+        bytes: folder_size(&folder).0,
         changed_at_ms: changed_at_ms(&folder),
     };
     if tag_of_draft(name).is_some() {
@@ -233,7 +233,7 @@ pub fn inspect(source: &dyn Source) -> CheckpointFacts {
         world: source.world(),
         stage: source.stage(),
         elements: source.params().iter().map(|param| numel(&param.shape).unwrap_or(0) as u64).sum(),
-        bytes: folder_bytes(source.folder()),
+        bytes: folder_size(source.folder()).0,
         kinds,
         params,
         buffers,
@@ -242,15 +242,15 @@ pub fn inspect(source: &dyn Source) -> CheckpointFacts {
     }
 }
 
-/// Bytes of the files in a folder and the folders in it. What cannot be read counts nothing.
-pub(crate) fn folder_bytes(folder: &Path) -> u64 {
-    let Ok(entries) = fs::read_dir(folder) else { return 0 };
+/// Bytes and number of the files in a folder and the folders in it. What cannot be read counts nothing.
+pub(crate) fn folder_size(folder: &Path) -> (u64, u64) {
+    let Ok(entries) = fs::read_dir(folder) else { return (0, 0) };
     let of = |entry: fs::DirEntry| match entry.metadata() {
-        Ok(metadata) if metadata.is_dir() => folder_bytes(&entry.path()),
-        Ok(metadata) if metadata.is_file() => metadata.len(),
-        _ => 0,
+        Ok(metadata) if metadata.is_dir() => folder_size(&entry.path()),
+        Ok(metadata) if metadata.is_file() => (metadata.len(), 1),
+        _ => (0, 0),
     };
-    entries.filter_map(Result::ok).map(of).sum()
+    entries.filter_map(Result::ok).map(of).fold((0, 0), |sum, it| (sum.0 + it.0, sum.1 + it.1))
 }
 
 fn changed_at_ms(path: &Path) -> Option<u64> {

@@ -6,9 +6,10 @@ use std::{
 };
 
 use crate::{
-    Checkpoint, CheckpointError, Result, Source,
+    CheckpointError, Result, Source,
     latest::{complete_names, original_file},
     manifest::MANIFEST,
+    open_any,
     tag::LATEST,
 };
 
@@ -45,9 +46,7 @@ impl Location {
     /// # Errors
     /// [`CheckpointError::NoLatest`] if nothing says which one is meant; what opening it says.
     pub fn open(&self) -> Result<Box<dyn Source>> {
-        let opened = Checkpoint::open(&self.dir, self.tag.as_deref())?;
-        let source = opened.map(|it| Box::new(it) as Box<dyn Source>);
-        source.ok_or_else(|| CheckpointError::NoLatest {
+        open_any(&self.dir, self.tag.as_deref())?.ok_or_else(|| CheckpointError::NoLatest {
             dir: self.dir.clone(),
             complete: complete_names(&self.dir, ""),
         })

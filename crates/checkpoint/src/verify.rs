@@ -10,7 +10,7 @@ use std::{
 
 use deepspeed_core::Rank;
 
-use crate::{CheckpointError, Progress, Source, inspect::folder_bytes};
+use crate::{CheckpointError, Progress, Source, inspect::folder_size};
 
 /// Bytes that one share of the work has, about: what one checksum covers in checkpoints of ours.
 const SHARE_BYTES: u64 = 4 << 20;
@@ -19,8 +19,9 @@ const MAX_SHARES: u64 = 1 << 14;
 
 /// Checks every byte of every file on `threads` threads. Returns what is wrong, in the order of the files.
 pub fn verify(source: &dyn Source, threads: usize, progress: &dyn Progress) -> Vec<CheckpointError> {
-    let bytes = folder_bytes(source.folder());
-    let shares = bytes.div_ceil(SHARE_BYTES).clamp(1, MAX_SHARES);
+    let (bytes, files) = folder_size(source.folder());
+    // At least one for each checksum: within a share the first problem hides the others.
+    let shares = (bytes.div_ceil(SHARE_BYTES) + files).clamp(1, MAX_SHARES);
     let count = usize::try_from(shares).unwrap_or(1);
     progress.begin("checking", bytes);
     let next = AtomicUsize::new(0);
