@@ -603,6 +603,7 @@ def save_checkpoint(
     slices: Sequence[tuple[int, str, int, torch.Tensor]],
     frozen: dict[str, torch.Tensor],
     exclude_frozen: bool,
+    tied: Sequence[tuple[str, str]],
     buffers: dict[str, torch.Tensor],
     blobs: Sequence[tuple[str, bytes]],
     face: str,
@@ -611,6 +612,7 @@ def save_checkpoint(
 
     slices   of a client's optimizer: (index of the parameter, kind such as "exp_avg", first element, values).
     frozen   parameters that are not trained, left out with `exclude_frozen`.
+    tied     other names of parameters and buffers: (other name, name).
     buffers  tensors of any dtype.
     blobs    bytes, each rank its own.
     face     JSON.
