@@ -305,11 +305,24 @@ class Engine:
         group: Group,
         threads: int,
         ranks_per_host: int,
+        device: torch.device | None = None,
+        direct: bool = False,
     ) -> Engine:
         """An engine for `tensors` (parameters as they are before they are cast to `dtypes`), named `names`, in the
         optimizer's parameter groups `groups`. `optimizer` is the kind of an optimizer of ours, `client` the class of one
         that is not. `frozen` are the parameters that are not trained, with the dtype to keep them in, where the stage
-        shards them."""
+        shards them. With `device` parameters and the engine's memory are there; `direct` says that torch.distributed
+        moves its memory itself."""
+
+    def adopt_parameters(self) -> None:
+        """On a device, below stage 3: makes the parameters views of the flat weights."""
+
+    def client_tensors(self) -> list[tuple[int, int, int, torch.Tensor, torch.Tensor]] | None:
+        """On a device that has the state: for a client's optimizer on shards, per fragment of a parameter, its index,
+        first element, number of elements, fp32 gradients and masters. None elsewhere."""
+
+    def own_tensors(self) -> list[torch.Tensor] | None:
+        """On a device, at stage 3: this rank's part of each parameter's weights. None elsewhere."""
 
     def mark(self, phase: Literal["forward", "backward"] | None) -> None:
         """A phase of the step begins, or ends (None)."""
@@ -335,7 +348,10 @@ class Engine:
         the gradients that are expected are all there; else the index of a parameter that lacks one."""
 
     def keeps_weights(self) -> bool:
-        """Whether the engine, not torch, keeps the weights: stage 3."""
+        """Whether parameters are not this rank's own: stage 3."""
+
+    def masters_in_place(self) -> bool:
+        """Whether fp32 parameters are the masters themselves, so that there is nothing else to write."""
 
     def gathers_weights(self) -> bool:
         """Whether torch's parameters are gathered from shards: stage 3 where ranks share no memory."""

@@ -13,12 +13,12 @@ use deepspeed_zero::{
 };
 
 use crate::{
-    Accumulation, Decision, EngineError, Settings,
+    Accumulation, Decision, Device, DevicePlan, EngineError, Settings,
     client::{check_client, check_offload},
     decide,
     delivery::Delivery,
     nonfinite,
-    sharded_weights::{ShardedWeights, give_back},
+    sharded_weights::{ShardedWeights, Shards, give_back},
     update::{ElementWise, Lamb},
 };
 
@@ -83,8 +83,12 @@ pub struct Engine {
     pub(crate) states: usize,
     /// Masters and optimizer state of the first units, where they lie on a disk.
     pub(crate) offloaded: Option<OffloadedState>,
-    /// The weights, at stage 3.
+    /// The weights, at stage 3, and this rank's shards of them wherever there is a device.
     pub(crate) weights: Option<ShardedWeights>,
+    /// What computes, where that is not the host.
+    pub(crate) device: Option<Arc<dyn Device>>,
+    /// Whether masters and optimizer state lie on the device.
+    pub(crate) state_on_device: bool,
     pub(crate) scaler: LossScaler,
     pub(crate) counters: Counters,
     pub(crate) accumulation: Accumulation,
@@ -135,6 +139,24 @@ impl Engine {
         scaler: LossScaler,
         group: Arc<dyn Group>,
     ) -> Result<Self, EngineError> {
+        Self::on(None, settings, params, frozen, optimizer, hypers, scaler, group)
+    }
+
+    /// An engine whose gradients, weights and, unless the settings keep them on the host, masters and optimizer state lie
+    /// on `device`, if there is one; else as [`Engine::new`].
+    ///
+    /// # Errors
+    /// As [`Engine::new`]; [`EngineError::Device`].
+    pub fn on(
+        device: Option<Arc<dyn Device>>,
+        settings: Settings,
+        params: Vec<ParamSpec>,
+        frozen: Vec<ParamSpec>,
+        optimizer: OptimizerChoice,
+        hypers: &[Hyper],
+        scaler: LossScaler,
+        group: Arc<dyn Group>,
+    ) -> Result<Self, EngineError> {
         let layout = Layout::new(params, group.world(), settings.unit_len)?;
         let native = matches!(optimizer, OptimizerChoice::Native(_));
         let states = match &optimizer {
@@ -161,7 +183,17 @@ impl Engine {
                 Some(OffloadedState::create(&offload.plan(), &layout, states)?)
             }
         };
+        let state_on_device = device.is_some() && !settings.state_on_host;
         let weights = match policy.weights {
+            _ if device.is_some() => {
+                let frozen_layout = Layout::new(frozen, group.world(), settings.unit_len)?;
+                Some(ShardedWeights {
+                    trained: Shards::private(&layout, !state_on_device),
+                    frozen: Shards::private(&frozen_layout, !state_on_device),
+                    frozen_layout,
+                    pages: Vec::new(),
+                })
+            }
             Residency::Whole => None,
             Residency::Shard => {
                 let folder = settings.weights_folder.as_deref();
@@ -180,16 +212,30 @@ impl Engine {
                 Some(ShardedWeights::new(&*group, &layout, frozen_layout, folder, kept)?)
             }
         };
+        if let (Some(device), Some(weights)) = (&device, &weights) {
+            device.lay_out(&DevicePlan {
+                trained: &layout,
+                frozen: &weights.frozen_layout,
+                rank: group.rank(),
+                states,
+                resident: state_on_device,
+                whole_weights: policy.weights == Residency::Whole,
+                weights_on_host: settings.weights_on_host,
+            })?;
+        }
         Ok(Self {
             policy,
             optimizer,
             weights,
+            device,
+            state_on_device,
             order: ReductionOrder::new(layout.units.len()),
             reduced: vec![false; layout.units.len()],
             shards: layout
                 .units
                 .iter()
                 .map(|unit| match &offloaded {
+                    _ if state_on_device => UnitShard::elsewhere(),
                     Some(offloaded) if offloaded.holds(unit.id) => UnitShard::of_gradients(unit),
                     _ => UnitShard::new(unit, states),
                 })
@@ -310,6 +356,11 @@ impl Engine {
 
     /// The sum over ranks, in rank order, of the squared gradients of their shards.
     fn vote(&mut self) -> Result<f64, EngineError> {
+        if let Some(device) = &self.device {
+            for (shard, square_sum) in self.shards.iter_mut().zip(device.square_sums()?) {
+                shard.square_sum = square_sum;
+            }
+        }
         let mine: f64 = self.shards.iter().map(|shard| shard.square_sum).sum();
         let mut total = 0.0;
         for bytes in self.group.all_gather_bytes("gradient norm", &mine.to_le_bytes())? {
@@ -321,8 +372,13 @@ impl Engine {
         Ok(total)
     }
 
-    fn describe_non_finite(&self) -> Result<String, EngineError> {
-        let found = nonfinite::find(&self.layout, &self.shards, self.offloaded.as_ref(), &*self.group)?;
+    fn describe_non_finite(&mut self) -> Result<String, EngineError> {
+        self.fetch_non_finite()?;
+        // Gradients that a device has computed wait there, not on the disk.
+        let offloaded = self.offloaded.as_ref().filter(|_| self.device.is_none());
+        let found = nonfinite::find(&self.layout, &self.shards, offloaded, &*self.group);
+        self.leave_host();
+        let found = found?;
         Ok(found.map_or_else(|| "the sum of squared gradients is not finite".to_owned(), |it| it.to_string()))
     }
 
@@ -345,6 +401,11 @@ impl Engine {
             return Err(EngineError::Count { what: "parameter groups", got: hypers.len(), expected: groups });
         }
         let step = self.counters.optimizer_steps + 1;
+        if let (Some(device), true) = (&self.device, self.state_on_device) {
+            device.update(&self.layout, hypers, step, grad_scale)?;
+            return Ok(device.publish()?);
+        }
+        self.fetch_gradients()?;
         if kind.is_elementwise() {
             return self.publish(weights, |_, _| Ok(ElementWise { hypers, step, grad_scale }));
         }
@@ -377,6 +438,9 @@ impl Engine {
             offloaded,
             &mut target,
         )?;
+        if self.device.is_some() {
+            return self.weights_to_device();
+        }
         if keeps_weights {
             group.barrier("the updated weights")?;
         }
@@ -398,12 +462,20 @@ impl Engine {
     }
 
     /// For a client's optimizer at stages 1 and 2: unscales and clips the shards' gradients where they lie.
-    pub fn scale_gradients(&mut self, grad_scale: f32) {
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    pub fn scale_gradients(&mut self, grad_scale: f32) -> Result<(), EngineError> {
+        if let (Some(device), true) = (&self.device, self.state_on_device) {
+            return Ok(device.scale_gradients(grad_scale)?);
+        }
+        self.fetch_gradients()?;
         if grad_scale != 1.0 {
             for shard in &mut self.shards {
                 deepspeed_kernels::scale_in_place(shard.gradient.as_f32_mut(), grad_scale);
             }
         }
+        Ok(())
     }
 
     /// After a client's optimizer has updated the masters of the shards: everybody's `weights` follow.
@@ -411,6 +483,9 @@ impl Engine {
     /// # Errors
     /// As [`Engine::apply_native`].
     pub fn publish_client(&mut self, weights: &mut [SpanMut<'_>]) -> Result<(), EngineError> {
+        if let (Some(device), true) = (&self.device, self.state_on_device) {
+            return Ok(device.publish()?);
+        }
         self.publish(weights, |_, _| Ok(AlreadyUpdated))
     }
 

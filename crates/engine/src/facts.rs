@@ -9,7 +9,7 @@ use deepspeed_optim::LossScaler;
 use deepspeed_zero::{OffloadedState, Residency, UnitShard};
 
 use crate::{
-    Accumulation, Engine, EngineError, Settings,
+    Accumulation, Device, Engine, EngineError, Settings,
     sharded_weights::{Shards, give_back},
 };
 
@@ -118,7 +118,7 @@ impl Engine {
             self.group.world(),
             self.resident_bytes() as f64 / f64::from(1 << 20),
             if self.weights.is_some() { "weights, " } else { "" },
-        )
+        ) + &self.device.as_ref().map_or_else(String::new, |device| format!(", on {}", device.name()))
     }
 
     /// Where state lies that is on a disk, and how it moves, in one line.
@@ -207,9 +207,24 @@ impl Engine {
         self.states
     }
 
-    /// Whether the engine, not the framework, keeps the weights: stage 3.
+    /// Whether the engine, not the framework, keeps the weights: stage 3, and wherever there is a device.
     pub fn keeps_weights(&self) -> bool {
         self.weights.is_some()
+    }
+
+    /// Whether parameters are whole at all times: below stage 3.
+    pub fn weights_are_whole(&self) -> bool {
+        self.policy.weights == Residency::Whole
+    }
+
+    /// What computes, where that is not the host.
+    pub fn device(&self) -> Option<&Arc<dyn Device>> {
+        self.device.as_ref()
+    }
+
+    /// Whether masters and optimizer state lie on the device.
+    pub fn state_on_device(&self) -> bool {
+        self.state_on_device
     }
 
     /// For each unit, its parameters.
@@ -230,6 +245,11 @@ impl Engine {
             let state: usize = buffers.state.iter().map(AlignedBuffer::len).sum();
             gradient + buffers.master.as_ref().map_or(0, AlignedBuffer::len) + state
         };
+        if self.state_on_device {
+            let masters = |unit: &Unit| usize::from(unit.dtype != DType::F32);
+            let parts = |unit: &Unit| unit.shard_len * (1 + masters(unit) + self.states);
+            return self.layout.units.iter().map(parts).sum::<usize>() * DType::F32.size() + weights;
+        }
         let buffers = self.offloaded.as_ref().map_or(0, OffloadedState::buffer_bytes);
         self.layout.units.iter().zip(&self.shards).map(numel).sum::<usize>() * DType::F32.size()
             + weights

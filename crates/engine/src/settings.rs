@@ -53,6 +53,10 @@ pub struct Settings {
     pub weights_in_memory: usize,
     /// Where masters and optimizer state lie, if not in memory.
     pub offload: Option<OffloadSettings>,
+    /// With a device: whether masters and optimizer state lie in the host's memory, and are updated there.
+    pub state_on_host: bool,
+    /// With a device, at stage 3: whether shards of the weights lie in the host's memory.
+    pub weights_on_host: bool,
     /// At stage 3 where ranks share no memory: how much is whole at a time.
     pub gathering: GatherLimits,
 }
@@ -89,6 +93,8 @@ impl Default for Settings {
             weights_folder: None,
             weights_in_memory: 0,
             offload: None,
+            state_on_host: false,
+            weights_on_host: false,
             gathering: GatherLimits::default(),
         }
     }
@@ -142,6 +148,8 @@ impl Settings {
             },
             weights_in_memory: config.zero.offload_param.max_in_cpu,
             offload: OffloadSettings::from_config(config),
+            state_on_host: config.zero.offload_optimizer.device != OffloadDevice::None,
+            weights_on_host: config.zero.offload_param.device != OffloadDevice::None,
             gathering: GatherLimits {
                 prefetch_bucket_size: config.zero.gathering.prefetch_bucket_size,
                 max_live_parameters: config.zero.gathering.max_live_parameters,

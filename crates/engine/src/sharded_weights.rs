@@ -28,8 +28,21 @@ impl Shards {
         if group.shares_memory() {
             return Ok(Self::Shared(SharedUnits::share(group, what, layout, folder)?));
         }
-        let zeros = |unit: &Unit| AlignedBuffer::zeroed(unit.shard_len, unit.dtype);
-        Ok(Self::Private(layout.units.iter().map(zeros).collect()))
+        Ok(Self::private(layout, true))
+    }
+
+    /// Zeroed shards of this rank alone; without elements where a device has them (`here` is false).
+    pub(crate) fn private(layout: &Layout, here: bool) -> Self {
+        let zeros = |unit: &Unit| AlignedBuffer::zeroed(if here { unit.shard_len } else { 0 }, unit.dtype);
+        Self::Private(layout.units.iter().map(zeros).collect())
+    }
+
+    /// The buffer of one unit, where it is this rank's alone.
+    pub(crate) fn buffer_mut(&mut self, unit: &Unit) -> Option<&mut AlignedBuffer> {
+        match self {
+            Self::Shared(_) => None,
+            Self::Private(shards) => shards.get_mut(unit.id.index()),
+        }
     }
 
     /// This rank's shard of `unit`.

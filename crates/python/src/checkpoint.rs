@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use deepspeed_checkpoint::{Checkpoint, ElementType, TensorSource};
 use deepspeed_core::{ParamId, Rank, Span, SpanMut};
-use deepspeed_engine::{Frozen, LoadOptions, ParamSlice, SaveRequest, TagRule, read_cast};
+use deepspeed_engine::{Afterwards, Frozen, LoadOptions, ParamSlice, SaveRequest, TagRule, read_cast};
 use pyo3::{
     exceptions::{PyTypeError, PyValueError},
     intern,
@@ -117,7 +117,7 @@ fn save_checkpoint(
         let tensors: Vec<TensorSource<'_>> =
             buffers.iter().map(|tensor| unsafe { tensor.source() }).collect();
         let rule = if fail_on_different_tags { TagRule::Fail } else { TagRule::FirstRank };
-        let saved = engine.save_checkpoint(&SaveRequest {
+        let request = SaveRequest {
             dir: &save_dir,
             tag: &tag,
             rule,
@@ -131,7 +131,8 @@ fn save_checkpoint(
             tensors: &tensors,
             blobs: &blobs,
             face,
-        })?;
+        };
+        let saved = engine.on_host(None, Afterwards::Forget, |engine| engine.save_checkpoint(&request))?;
         Ok::<_, deepspeed_engine::EngineError>((saved.tag, saved.tags_differ, saved.folder))
     })
 }
@@ -241,7 +242,9 @@ fn load_checkpoint(
         let mut weights: Vec<SpanMut<'_>> = weights.iter().map(span).collect();
         let mut frozen: Vec<(String, SpanMut<'_>)> =
             frozen.iter().map(|(name, _, tensor)| (name.clone(), span(tensor))).collect();
-        engine.load_checkpoint(&load_dir, tag.as_deref(), options, &hypers, &mut weights, &mut frozen)
+        engine.on_host(None, Afterwards::WriteBack, |engine| {
+            engine.load_checkpoint(&load_dir, tag.as_deref(), options, &hypers, &mut weights, &mut frozen)
+        })
     })?;
     Ok(checkpoint.map(|checkpoint| PyLoadedCheckpoint { checkpoint, rank }))
 }
