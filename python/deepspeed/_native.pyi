@@ -360,6 +360,13 @@ class Engine:
         """At stage 3 on one host: what keeps the shared weights alive, and the addresses of all parameters, trained and
         frozen, None for those without elements."""
 
+    def units_given_back(self) -> list[tuple[int, int]]:
+        """The units of weights in a file that do not stay in memory between uses, each with its last parameter; frozen
+        parameters are numbered after the trained ones."""
+
+    def give_back_unit(self, unit: int) -> None:
+        """Gives the memory of such a unit back to the system until it is used again."""
+
     def reload_masters(self, indices: Sequence[int]) -> None:
         """Makes the weights of these parameters, as they are now, the fp32 masters."""
 
@@ -612,6 +619,7 @@ def save_checkpoint(
     slices: Sequence[tuple[int, str, int, torch.Tensor]],
     frozen: dict[str, torch.Tensor],
     exclude_frozen: bool,
+    tied: Sequence[tuple[str, str]],
     buffers: dict[str, torch.Tensor],
     blobs: Sequence[tuple[str, bytes]],
     face: str,
@@ -620,6 +628,7 @@ def save_checkpoint(
 
     slices   of a client's optimizer: (index of the parameter, kind such as "exp_avg", first element, values).
     frozen   parameters that are not trained, left out with `exclude_frozen`.
+    tied     other names of parameters and buffers: (other name, name).
     buffers  tensors of any dtype.
     blobs    bytes, each rank its own.
     face     JSON.

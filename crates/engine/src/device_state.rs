@@ -173,8 +173,11 @@ impl Engine {
     /// Brings all gradients here, where masters are updated here.
     pub(crate) fn fetch_gradients(&mut self) -> Result<(), EngineError> {
         let Some(device) = &self.device else { return Ok(()) };
-        for (number, shard) in self.shards.iter_mut().enumerate() {
-            device.read(number, Part::Gradient, shard.gradient.span_mut())?;
+        for (unit, shard) in self.layout.units.iter().zip(&mut self.shards) {
+            device.read(unit.id.index(), Part::Gradient, shard.gradient.span_mut())?;
+            if let Some(offloaded) = self.offloaded.as_ref().filter(|offloaded| offloaded.holds(unit.id)) {
+                offloaded.park_gradient(unit.id, &mut shard.gradient)?;
+            }
         }
         Ok(())
     }

@@ -3,13 +3,13 @@
 use std::{sync::Arc, time::Instant};
 
 use deepspeed_comm::{CommError, Group};
-use deepspeed_core::{Layout, ParamSpec, SpanMut};
+use deepspeed_core::{Layout, ParamSpec, SpanMut, UnitId};
 use deepspeed_kernels::parallel::Workers;
 use deepspeed_monitor::{Counters, Phase, StepLine, Stopwatch};
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
 use deepspeed_zero::{
-    AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, ReductionOrder, Residency,
-    ShardUpdate, UnitShard, Weights, gather_gradients, publish,
+    AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, Publication, ReductionOrder,
+    Residency, ShardUpdate, UnitShard, Weights, gather_gradients,
 };
 
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
     decide,
     delivery::Delivery,
     nonfinite,
-    sharded_weights::{ShardedWeights, Shards},
+    sharded_weights::{ShardedWeights, Shards, give_back},
     update::{ElementWise, Lamb},
 };
 
@@ -191,6 +191,7 @@ impl Engine {
                     trained: Shards::private(&layout, !state_on_device),
                     frozen: Shards::private(&frozen_layout, !state_on_device),
                     frozen_layout,
+                    pages: Vec::new(),
                 })
             }
             Residency::Whole => None,
@@ -207,11 +208,8 @@ impl Engine {
                     )));
                 }
                 let frozen_layout = Layout::new(frozen, group.world(), settings.unit_len)?;
-                Some(ShardedWeights {
-                    trained: Shards::new(&*group, "weights", &layout, folder)?,
-                    frozen: Shards::new(&*group, "frozen weights", &frozen_layout, folder)?,
-                    frozen_layout,
-                })
+                let kept = settings.weights_in_memory.saturating_mul(group.world());
+                Some(ShardedWeights::new(&*group, &layout, frozen_layout, folder, kept)?)
             }
         };
         Ok(Self {
@@ -365,7 +363,9 @@ impl Engine {
 
     fn describe_non_finite(&mut self) -> Result<String, EngineError> {
         self.fetch_non_finite()?;
-        let found = nonfinite::find(&self.layout, &self.shards, &*self.group);
+        // Gradients that a device has computed wait there, not on the disk.
+        let offloaded = self.offloaded.as_ref().filter(|_| self.device.is_none());
+        let found = nonfinite::find(&self.layout, &self.shards, offloaded, &*self.group);
         self.leave_host();
         let found = found?;
         Ok(found.map_or_else(|| "the sum of squared gradients is not finite".to_owned(), |it| it.to_string()))
@@ -414,22 +414,24 @@ impl Engine {
         }
         let (group, layout) = (&*self.group, &*self.layout);
         let keeps_weights = self.weights.is_some();
-        let mut spans: Vec<SpanMut<'_>> = match &mut self.weights {
-            Some(sharded) => sharded.trained.own_mut(),
-            None => weights.iter_mut().map(SpanMut::reborrow).collect(),
+        let (mut spans, pages): (Vec<SpanMut<'_>>, &[_]) = match &mut self.weights {
+            Some(ShardedWeights { trained, pages, .. }) => (trained.own_mut(), pages),
+            None => (weights.iter_mut().map(SpanMut::reborrow).collect(), &[]),
         };
         let mut target = if keeps_weights { Weights::Shards(&mut spans) } else { Weights::Whole(&mut spans) };
         let update = update(UpdateParts { layout, shards: &mut self.shards, group }, &mut target)?;
         let offloaded = self.offloaded.as_mut();
-        publish(group, layout, &mut self.shards, offloaded, &mut target, &update, &self.workers)?;
+        let updated = |unit: UnitId| give_back(pages, unit.index());
+        Publication { group, layout, update: &update, workers: &self.workers, updated: &updated }.publish(
+            &mut self.shards,
+            offloaded,
+            &mut target,
+        )?;
         if self.device.is_some() {
             return self.weights_to_device();
         }
         if keeps_weights {
             group.barrier("the updated weights")?;
-        }
-        if let Some(weights) = &self.weights {
-            weights.give_back_pages()?;
         }
         Ok(())
     }

@@ -250,9 +250,18 @@ impl Engine {
             let unit = &layout.units[id.index()];
             let into = if self.reduced[id.index()] { Into::Add } else { Into::Store };
             let shard = &mut self.shards[id.index()];
+            let parked = self.offloaded.as_ref().filter(|offloaded| offloaded.holds(*id));
+            if let (Some(offloaded), Into::Add) = (parked, into) {
+                offloaded.read_gradient(*id, 0, shard.gradient.span_mut())?;
+            }
             let what = unit_name(&layout, unit);
             reduce_unit(&*self.group, &what, unit, &pieces(&layout, unit), &self.exchange, shard, into)?;
+            if let Some(offloaded) = parked {
+                offloaded.park_gradient(*id, &mut shard.gradient)?;
+            }
             self.reduced[id.index()] = true;
+            // Backward is done with it.
+            self.give_back_unit(id.index())?;
         }
         Ok(())
     }

@@ -76,8 +76,17 @@ impl Engine {
         }
         match kind {
             StateKind::Gradient => {
+                let mut values = vec![0.0f32; fragment.len];
+                match offloaded {
+                    Some(_) if !self.reduced[unit.id.index()] => {}
+                    Some(offloaded) => {
+                        offloaded.read_gradient(unit.id, start, SpanMut::from(&mut values[..]))?;
+                    }
+                    None => values.copy_from_slice(&shard.gradient.as_f32()[range]),
+                }
                 let scale = self.scaler.scale() as f32;
-                Ok(shard.gradient.as_f32()[range].iter().map(|element| element / scale).collect())
+                values.iter_mut().for_each(|element| *element /= scale);
+                Ok(values)
             }
             StateKind::Optimizer(index) if *index < shard.state.len() => {
                 Ok(shard.state[*index].as_f32()[range].to_vec())
@@ -141,10 +150,16 @@ impl Engine {
         match kind {
             StateKind::Gradient => {
                 let scale = self.scaler.scale() as f32;
+                if let Some(offloaded) = offloaded {
+                    offloaded.read_gradient(unit.id, 0, shard.gradient.span_mut())?;
+                }
                 for (target, value) in shard.gradient.as_f32_mut()[range].iter_mut().zip(values) {
                     *target = value * scale;
                 }
                 shard.square_sum = deepspeed_kernels::sum_squares(shard.gradient.span());
+                if let Some(offloaded) = offloaded {
+                    offloaded.park_gradient(unit.id, &mut shard.gradient)?;
+                }
             }
             StateKind::Optimizer(index) => match &offloaded {
                 Some(offloaded) if *index < self.states => {

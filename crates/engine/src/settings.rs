@@ -49,6 +49,8 @@ pub struct Settings {
     pub unit_len: usize,
     /// At stage 3: the folder of the file that holds the weights; `None` for host memory.
     pub weights_folder: Option<PathBuf>,
+    /// Of weights in such a file: elements of each rank's part that stay in memory between uses.
+    pub weights_in_memory: usize,
     /// Where masters and optimizer state lie, if not in memory.
     pub offload: Option<OffloadSettings>,
     /// With a device: whether masters and optimizer state lie in the host's memory, and are updated there.
@@ -89,6 +91,7 @@ impl Default for Settings {
             threads: 1,
             unit_len: Self::UNIT_LEN,
             weights_folder: None,
+            weights_in_memory: 0,
             offload: None,
             state_on_host: false,
             weights_on_host: false,
@@ -143,6 +146,7 @@ impl Settings {
                 OffloadDevice::Nvme => config.zero.offload_param.nvme_path.clone(),
                 OffloadDevice::None | OffloadDevice::Cpu => None,
             },
+            weights_in_memory: config.zero.offload_param.max_in_cpu,
             offload: OffloadSettings::from_config(config),
             state_on_host: config.zero.offload_optimizer.device != OffloadDevice::None,
             weights_on_host: config.zero.offload_param.device != OffloadDevice::None,

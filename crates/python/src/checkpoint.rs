@@ -64,7 +64,7 @@ impl RawTensor {
 /// Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
 #[pyfunction]
 #[pyo3(signature = (engine, *, save_dir, tag, fail_on_different_tags, save_latest, param_groups, slices,
-                    frozen, exclude_frozen, buffers, blobs, face))]
+                    frozen, exclude_frozen, tied, buffers, blobs, face))]
 #[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
 fn save_checkpoint(
     py: Python<'_>,
@@ -77,6 +77,7 @@ fn save_checkpoint(
     slices: Vec<(usize, String, usize, Bound<'_, PyAny>)>,
     frozen: &Bound<'_, PyDict>,
     exclude_frozen: bool,
+    tied: Vec<(String, String)>,
     buffers: &Bound<'_, PyDict>,
     blobs: Vec<(String, Vec<u8>)>,
     face: &str,
@@ -126,6 +127,7 @@ fn save_checkpoint(
             slices: &slices,
             frozen: &frozen,
             exclude_frozen,
+            tied: &tied,
             tensors: &tensors,
             blobs: &blobs,
             face,

@@ -317,6 +317,17 @@ impl PyEngine {
         Ok(report.into())
     }
 
+    /// The units of weights in a file that do not stay in memory between uses, each with its last parameter; frozen
+    /// parameters are numbered after the trained ones.
+    fn units_given_back(&self) -> Vec<(usize, usize)> {
+        self.engine.units_given_back()
+    }
+
+    /// Gives the memory of such a unit back to the system until it is used again.
+    fn give_back_unit(&self, unit: usize) -> PyResult<()> {
+        self.engine.give_back_unit(unit).map_err(IntoPyErr::into_py_err)
+    }
+
     /// Ends a micro-batch of an engine without optimizer.
     fn step_without_optimizer(&mut self, py: Python<'_>) -> PyResult<PyStepReport> {
         let engine = &mut self.engine;

@@ -31,7 +31,7 @@ from deepspeed.runtime.unit_hooks import UnitHooks
 from deepspeed.runtime.zero.gather_hooks import GatherHooks
 from deepspeed.runtime.zero.gathered_weights import gather_weights, let_go, unshare_drafts, whole_state_dict
 from deepspeed.runtime.zero.sharded_parameter import is_sharded
-from deepspeed.runtime.zero.shared_weights import share_weights
+from deepspeed.runtime.zero.shared_weights import give_back_after_use, share_weights
 from deepspeed.runtime.zero_optimizer import DESTROYED, DeepSpeedZeroOptimizer
 from deepspeed.utils.logging import log_dist, logger
 from deepspeed.utils.tensor_fragment import TrainedBy
@@ -83,6 +83,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         self._loss_scaled = False
         self._without_sync = False
         self._gather_hooks: GatherHooks | None = None
+        self._page_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
         group = process_group.native_group()
         self._group: _native.Group | None = group  # until destroy()
@@ -119,6 +120,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
             self._gather_hooks = gather_weights(self._native, group, model, self._trained, frozen)
         elif self._native.keeps_weights():
             share_weights(self._native, group, self._trained, frozen, native_config.compute_dtype)
+            self._page_hooks = give_back_after_use(self._native, model, [*self._trained.tensors, *frozen.values()])
         else:
             self._native.adopt_parameters()
         cast_floating(model, native_config.compute_dtype)
@@ -496,6 +498,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         if self.optimizer is not None:
             self.optimizer.destroy()
         self._unit_hooks.remove()
+        for handle in self._page_hooks:
+            handle.remove()
         if self._gather_hooks is not None:
             self._gather_hooks.remove()
             let_go(self.module.parameters())
