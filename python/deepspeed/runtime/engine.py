@@ -21,7 +21,7 @@ from deepspeed.runtime import process_group
 from deepspeed.runtime.agreement import check_agreement
 from deepspeed.runtime.carried_state import describe_state
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.devices import moves_memory_of, torch_device
+from deepspeed.runtime.devices import check_settings, moves_memory_of, place, torch_device
 from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
 from deepspeed.runtime.engine_states import StateMethods
@@ -89,7 +89,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         self._group: _native.Group | None = group  # until destroy()
         native_config = self._config.native
         self._trained = TrainedParameters(model)
-        self.device = self._trained.device()
+        self.device = place(model, self._config.zero_optimization_stage)
+        check_settings(native_config, torch_device(self.device))
         self._broadcast_model(group)
         if self._config.zero_optimization_stage < 3:
             unshare_drafts(model)
@@ -213,7 +214,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         return DeepSpeedDataLoader(
             dataset,
             batch_size or self.train_micro_batch_size_per_gpu(),
-            pin_memory=pin_memory and torch.cuda.is_available(),
+            pin_memory=pin_memory and self.device.type != "cpu",
             local_rank=self.local_rank,
             collate_fn=collate_fn or self.collate_fn,
             num_local_io_workers=num_local_io_workers,

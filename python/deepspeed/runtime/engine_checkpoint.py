@@ -19,6 +19,7 @@ import torch
 
 from deepspeed import _native
 from deepspeed._features import not_built
+from deepspeed.runtime.devices import on_host
 from deepspeed.runtime.zero.gathered_weights import whole_state_dict
 from deepspeed.utils.logging import logger, warning_once
 
@@ -34,6 +35,7 @@ class CheckpointMethods:
     """Mixed into the engine."""
 
     module: torch.nn.Module
+    device: torch.device
     _native: Engine
     _group: Any
     _trained: TrainedParameters
@@ -76,7 +78,7 @@ class CheckpointMethods:
             save_latest=save_latest,
             param_groups=self._group_options(),
             slices=slices,
-            frozen=self._frozen(),
+            frozen=on_host(self._frozen()),
             exclude_frozen=exclude_frozen_parameters,
             tied=self._tied_names(),
             buffers=self._saved_buffers(),
@@ -110,6 +112,7 @@ class CheckpointMethods:
         """
         if custom_load_fn is not None:
             not_built("load_checkpoint(custom_load_fn=...)", "loading by a function of the client's")
+        frozen = on_host(self._frozen())
         loaded = _native.load_checkpoint(
             self._native,
             load_dir=os.fspath(load_dir),
@@ -118,7 +121,7 @@ class CheckpointMethods:
             optimizer_states=load_optimizer_states,
             strict=load_module_strict,
             param_groups=self._group_options(),
-            frozen=self._frozen(),
+            frozen=frozen,
         )
         if loaded is None:
             logger.warning(
@@ -127,6 +130,9 @@ class CheckpointMethods:
                 load_dir,
             )
             return None, None
+        for name, tensor in self._frozen().items():
+            if tensor.device.type != "cpu":
+                tensor.copy_(frozen[name])
         self._weights_changed()
         python_state, client_state = self._unpack_states(loaded, trust_client_state)
         self._load_buffers(loaded, load_module_strict)
@@ -199,7 +205,7 @@ class CheckpointMethods:
 
     def _saved_buffers(self) -> dict[str, torch.Tensor]:
         saved = self.module.state_dict(keep_vars=True)
-        return {name: b.contiguous() for name, b in self.module.named_buffers() if name in saved}
+        return {name: b.cpu().contiguous() for name, b in self.module.named_buffers() if name in saved}
 
     def _tied_names(self) -> list[tuple[str, str]]:
         """(other name, name) of parameters and saved buffers that the module has under several names."""
@@ -230,7 +236,7 @@ class CheckpointMethods:
 
     def _state_to_save(self) -> tuple[list[tuple[int, str, int, torch.Tensor]], dict[str, Any]]:
         """Slices of a client optimizer's state, and what Python saves beside the client's own state."""
-        state: dict[str, Any] = {"random": _random_states(), "param_groups": self._group_options()}
+        state: dict[str, Any] = {"random": _random_states(self.device), "param_groups": self._group_options()}
         if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "state_dict"):
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
         client = self._client()
@@ -263,7 +269,7 @@ class CheckpointMethods:
                 group.update(saved)
         if scheduler and self.lr_scheduler is not None and "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        _set_random_states(state["random"])
+        _set_random_states(state["random"], self.device)
 
     if TYPE_CHECKING:  # the engine's, which this is mixed into
 
@@ -275,8 +281,10 @@ class CheckpointMethods:
         def _weights_changed(self) -> None: ...
 
 
-def _random_states() -> dict[str, Any]:
+def _random_states(device: torch.device) -> dict[str, Any]:
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, position, has_gauss, gauss = numpy.random.get_state()
@@ -284,8 +292,10 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"], device)
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     numpy = sys.modules.get("numpy")
