@@ -32,22 +32,29 @@ def device_of(parameters: Mapping[str, torch.Tensor]) -> torch.device:
     return first[1] if first is not None else torch.device("cpu")
 
 
-def place(module: torch.nn.Module, stage: int) -> torch.device:
-    """Chooses where `module` trains, and takes it there: where its parameters are, or, for a model on the CPU of a host
-    with an accelerator, on this rank's one. At stage 3 parameters stay: the engine takes its shards of them."""
+def choose_device(module: torch.nn.Module) -> torch.device:
+    """Where `module` trains: where its parameters are, or, for a model on the CPU of a host with an accelerator, on this
+    rank's one."""
     here = device_of(dict(module.named_parameters()))
     accelerator = get_accelerator()
     if here.type != "cpu" or accelerator.device_name() == "cpu":
         return here
     if dist.get_backend() != "nccl":  # with NCCL the process group has chosen already
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")) % max(1, accelerator.device_count()))
-    device = torch.device(accelerator.current_device_name())
+    return torch.device(accelerator.current_device_name())
+
+
+def take_to(module: torch.nn.Module, device: torch.device, stage: int) -> None:
+    """Moves what the engine does not: everything below stage 3, and at stage 3, where it takes shards of the parameters
+    wherever they are, all else."""
     if stage < 3:
         module.to(device)
-    else:
-        for buffer in module.buffers():
-            buffer.data = buffer.data.to(device)
-    return device
+        return
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    for p in module.parameters():
+        if p.numel() == 0 or p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            p.data = p.data.to(device)
 
 
 def check_settings(config: Config, device: torch.device | None) -> None:

@@ -11,6 +11,7 @@ mod update;
 mod weights;
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
@@ -55,6 +56,8 @@ pub(crate) struct TorchDevice {
     sums: Mutex<Vec<Py<PyAny>>>,
     /// By trained unit, the norm of its gradient shard: a tensor of one fp64.
     norms: Mutex<Vec<Option<Py<PyAny>>>>,
+    /// By number of a unit that is gathered beside the program's work: when that is over.
+    gathered: Mutex<HashMap<usize, Py<PyAny>>>,
     /// Tensors without memory, with their values in the host's.
     evicted: Mutex<Vec<(Py<PyAny>, Py<PyAny>)>>,
 }
@@ -96,6 +99,7 @@ impl TorchDevice {
             units: OnceLock::new(),
             sums: Mutex::default(),
             norms: Mutex::default(),
+            gathered: Mutex::default(),
             evicted: Mutex::default(),
         })
     }
