@@ -64,6 +64,9 @@ class Config:
     def scheduler_class(self) -> tuple[str, dict[str, Any]] | None:
         """What `scheduler` names as ("module:class", arguments); None where the config has no scheduler."""
 
+    def weights_folder(self) -> Path | None:
+        """The folder in which weights lie while they are not used; None unless offload_param.device is nvme."""
+
     def differences(self) -> str:
         """The settings that differ from their defaults, a line each."""
 
@@ -574,10 +577,10 @@ class SharedWeights:
         """Forgets what this rank alone has written to a tensor of a draft."""
 
 def share_draft(
-    group: Group, tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]]
+    group: Group, tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]], folder: Path | None = None
 ) -> tuple[SharedWeights, list[int]]:
     """Moves tensors of a model that is being built, with the dtype to keep them in, into memory that all ranks share,
-    with rank 0's values. Returns what keeps the memory alive and each tensor's address."""
+    with rank 0's values; with a `folder`, into a file there. Returns what keeps the memory alive and each tensor's address."""
 
 @final
 class LoadedCheckpoint:
