@@ -60,12 +60,14 @@
 //! Files are read with positioned reads, not mapped: a bad sector or a file cut short under our feet is then an error
 //! and not a signal that ends the process.
 
+mod background;
 mod checksum;
 mod coverage;
 pub mod disk;
 mod draft;
 mod element;
 mod error;
+mod file_writer;
 mod header;
 mod index;
 mod latest;
@@ -73,10 +75,14 @@ mod lock;
 mod manifest;
 mod reader;
 mod record;
+mod resume;
+mod retention;
+mod snapshot;
 mod source;
 mod tag;
 mod writer;
 
+pub use background::{BackgroundSave, Commit, Failure, Outcome, Presence, Role, wait_for_all};
 pub use checksum::Checksum;
 pub use draft::{Draft, draft_folder};
 pub use element::{ElementType, UnknownElementType};
@@ -85,6 +91,9 @@ pub use latest::{CompleteTag, complete_tags};
 pub use manifest::{CommitParts, FORMAT_VERSION, Manifest};
 pub use reader::Checkpoint;
 pub use record::{BlobRecord, FileRecord, ParamRecord, RankRecord, SliceRecord, TensorRecord};
+pub use resume::{Chosen, choose};
+pub use retention::{Retired, retire};
+pub use snapshot::{CopyPair, Snapshot, SnapshotMemory};
 pub use source::{Source, TensorFacts};
 pub use tag::validate_tag;
 pub use writer::{RankWriter, SliceSource, TensorSource};
