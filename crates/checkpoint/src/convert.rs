@@ -4,6 +4,7 @@ use std::{
     collections::hash_map::RandomState,
     hash::BuildHasher,
     io,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -42,10 +43,12 @@ pub fn to_ours(
     for param in source.params() {
         let len = numel(&param.shape).unwrap_or(0);
         for Stored { kind, from, dtype } in stored(source, param) {
-            writer.slice_from((&param.name, kind, &param.shape), 0, (len, dtype), move || {
-                let bytes = read_as(source, &param.name, from, len, dtype).map_err(io::Error::other)?;
-                progress.advance(bytes.len() as u64);
-                Ok(bytes)
+            writer.slice_from((&param.name, kind, &param.shape), 0, (len, dtype), move |first, piece| {
+                let range = first..first + piece.len() / dtype.size();
+                let elements = read_as(source, &param.name, from, range, dtype).map_err(io::Error::other)?;
+                piece.copy_from_slice(elements.span().as_bytes());
+                progress.advance(piece.len() as u64);
+                Ok(())
             })?;
         }
     }
@@ -104,18 +107,25 @@ fn stored<'a>(source: &'a dyn Source, param: &ParamRecord) -> Vec<Stored<'a>> {
     stored
 }
 
-/// All elements of a kind in `dtype`, as bytes.
-fn read_as(source: &dyn Source, name: &str, kind: &str, len: usize, dtype: DType) -> Result<Vec<u8>> {
-    let mut elements = AlignedBuffer::zeroed(len, dtype);
+/// The elements `range` of a kind in `dtype`.
+fn read_as(
+    source: &dyn Source,
+    name: &str,
+    kind: &str,
+    range: Range<usize>,
+    dtype: DType,
+) -> Result<AlignedBuffer> {
+    let first = range.start;
+    let mut elements = AlignedBuffer::zeroed(range.len(), dtype);
     let mut target = elements.span_mut();
     if source.dtype(name, kind) == Some(dtype) {
-        source.read(name, kind, 0..len, target)?;
+        source.read(name, kind, range, target)?;
     } else {
-        source.visit(name, kind, 0..len, &mut |start, piece| {
-            deepspeed_kernels::cast(piece, target.slice_mut(start, piece.len()));
+        source.visit(name, kind, range, &mut |start, piece| {
+            deepspeed_kernels::cast(piece, target.slice_mut(start - first, piece.len()));
         })?;
     }
-    Ok(elements.span().as_bytes().to_vec())
+    Ok(elements)
 }
 
 /// The dtype of the first parameter that was trained.
