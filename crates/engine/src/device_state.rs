@@ -6,7 +6,7 @@ use std::sync::Arc;
 use deepspeed_core::{AlignedBuffer, DType, Span, SpanMut, Unit};
 use deepspeed_zero::UnitShard;
 
-use crate::{Device, Engine, EngineError, Part};
+use crate::{Device, DevicePlan, Engine, EngineError, Part};
 
 /// Whether what was done in the host's memory goes back to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,23 @@ pub enum Afterwards {
 }
 
 impl Engine {
+    /// Takes the device's memory, before anything else is asked of it.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    pub fn lay_out_device(&self) -> Result<(), EngineError> {
+        let (Some(device), Some(weights)) = (&self.device, &self.weights) else { return Ok(()) };
+        Ok(device.lay_out(&DevicePlan {
+            trained: &self.layout,
+            frozen: &weights.frozen_layout,
+            rank: self.group.rank(),
+            states: self.states,
+            resident: self.state_on_device,
+            whole_weights: self.weights_are_whole(),
+            weights_on_host: self.settings.weights_on_host,
+        })?)
+    }
+
     /// Lets `work` see the state of the units of these numbers (of all, with `None`) in the host's memory, where it is
     /// without a device. Collective with [`Afterwards::WriteBack`].
     ///

@@ -14,7 +14,7 @@ use deepspeed_zero::{
 };
 
 use crate::{
-    Accumulation, Decision, Device, DevicePlan, EngineError, Settings,
+    Accumulation, Decision, Device, EngineError, Settings,
     checkpoint::{Memory, Saving},
     client::{check_client, check_offload},
     decide,
@@ -154,7 +154,7 @@ impl Engine {
     }
 
     /// An engine whose gradients, weights and, unless the settings keep them on the host, masters and optimizer state lie
-    /// on `device`, if there is one; else as [`Engine::new`].
+    /// on `device`, if there is one; else as [`Engine::new`]. [`Engine::lay_out_device`] takes the device's memory.
     ///
     /// # Errors
     /// As [`Engine::new`]; [`EngineError::Device`].
@@ -223,17 +223,6 @@ impl Engine {
                 Some(ShardedWeights::new(&*group, &layout, frozen_layout, folder, kept)?)
             }
         };
-        if let (Some(device), Some(weights)) = (&device, &weights) {
-            device.lay_out(&DevicePlan {
-                trained: &layout,
-                frozen: &weights.frozen_layout,
-                rank: group.rank(),
-                states,
-                resident: state_on_device,
-                whole_weights: policy.weights == Residency::Whole,
-                weights_on_host: settings.weights_on_host,
-            })?;
-        }
         let mut engine = Self {
             policy,
             optimizer,

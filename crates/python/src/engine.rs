@@ -133,6 +133,7 @@ impl PyEngine {
                 TorchDevice::new(device, parameters, group.clone(), direct).map(Arc::new)
             })
             .transpose()?;
+        let device_memory = device.as_ref().map_or(Ok(None), |device| device.memory(py))?;
         let seam = device.clone().map(|device| device as Arc<dyn Device>);
         let (engine, memory, memory_warning) = enter(py, move || {
             let mut engine = Engine::on(seam, settings, specs, frozen_specs, choice, &hypers, scaler, group)?;
@@ -142,8 +143,10 @@ impl PyEngine {
                 ranks_per_host,
                 weights_held: given.map(|tensor| tensor.len() * tensor.dtype().size()).sum(),
                 state_tensors: engine.state_tensors(),
+                device_memory,
             };
             let (memory, warning) = MemoryPlan::agree(config, &engine, surroundings)?;
+            engine.lay_out_device()?;
             // SAFETY: the caller holds the tensors for the length of this call, and nobody writes to them.
             let span = |tensor: &TensorArg| unsafe { tensor.span() };
             if arguments.iter().chain(&frozen_arguments).any(Option::is_none) {

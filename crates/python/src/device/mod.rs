@@ -101,6 +101,13 @@ impl TorchDevice {
         self.ops.device(py)
     }
 
+    /// Bytes that are free on an accelerator, or taken by the parameters that the engine's take the place of; none on a CPU.
+    pub(crate) fn memory(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let Some(free) = self.ops.free_memory(py)? else { return Ok(None) };
+        let bytes = self.parameters.iter().map(|it| it.bind(py).getattr("nbytes")?.extract::<u64>());
+        Ok(Some(free + bytes.sum::<PyResult<u64>>()?))
+    }
+
     /// All units, by number.
     fn units(&self) -> &[UnitTensors] {
         self.units.get().map_or(&[], Vec::as_slice)

@@ -191,6 +191,14 @@ impl Ops {
         current.call_method1(py, intern!(py, "wait_stream"), (&streams[side as usize],)).map(drop)
     }
 
+    /// Bytes that are free on an accelerator, where torch can tell.
+    pub(crate) fn free_memory(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let Some((module, _)) = &self.streams else { return Ok(None) };
+        let Some(asks) = module.bind(py).getattr_opt(intern!(py, "mem_get_info"))? else { return Ok(None) };
+        let (free, _total): (u64, u64) = asks.call1((&self.device,))?.extract()?;
+        Ok(Some(free))
+    }
+
     /// Waits until everything that was queued is over.
     pub(crate) fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
         let Some((module, _)) = &self.streams else { return Ok(()) };
