@@ -162,19 +162,18 @@ impl Engine {
                 let start = fragment.unit_offset - range.start;
                 let part = start..start + fragment.len;
                 let stored = fragment.param_offset..fragment.param_offset + fragment.len;
-                if let Some(master) = &mut shard.master
-                    && checkpoint.dtype(name, kind::MASTER).is_some()
-                {
+                let saved_master = master_kind(checkpoint, name);
+                if let (Some(master), Some(kind)) = (&mut shard.master, saved_master) {
                     let mut target = SpanMut::from(&mut master.as_f32_mut()[part.clone()]);
-                    read_cast(checkpoint, name, kind::MASTER, stored.clone(), &mut target)?;
+                    read_cast(checkpoint, name, kind, stored.clone(), &mut target)?;
                 }
                 for (state, tensor) in names.iter().zip(&mut shard.state) {
                     let mut target = SpanMut::from(&mut tensor.as_f32_mut()[part.clone()]);
                     read_cast(checkpoint, name, state, stored.clone(), &mut target)?;
                 }
                 if let Some(offloaded) = self.offloaded.as_ref().filter(|it| it.holds(unit.id)) {
-                    let master = offloaded.has_master(unit.id).then_some((kind::MASTER, None));
-                    let master = master.filter(|(kind, _)| checkpoint.dtype(name, kind).is_some());
+                    let master = saved_master.filter(|_| offloaded.has_master(unit.id));
+                    let master = master.map(|kind| (kind, None));
                     let states = names.iter().enumerate().map(|(index, name)| (*name, Some(index)));
                     let mut values = vec![0.0f32; fragment.len];
                     for (kind, state) in master.into_iter().chain(states) {
@@ -194,6 +193,12 @@ impl Engine {
 fn weight_kind(checkpoint: &Checkpoint, spec: &ParamSpec) -> &'static str {
     let masters = spec.dtype == DType::F32 && checkpoint.dtype(&spec.name, kind::MASTER).is_some();
     if masters { kind::MASTER } else { kind::WEIGHT }
+}
+
+/// Where the fp32 master of a parameter is read from: weights that were saved in fp32 are masters.
+fn master_kind(checkpoint: &Checkpoint, name: &str) -> Option<&'static str> {
+    let fp32 = |kind| checkpoint.dtype(name, kind) == Some(DType::F32);
+    [kind::MASTER, kind::WEIGHT].into_iter().find(|kind| fp32(kind))
 }
 
 /// Reads this rank's shards of the weights.
