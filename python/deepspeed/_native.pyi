@@ -283,6 +283,10 @@ class StepReport:
     def line(self) -> str | None:
         """The step line, where one is due."""
 
+    @property
+    def checkpoint(self) -> str | None:
+        """What became of a checkpoint that is being written behind training, when there is news."""
+
 @final
 class Engine:
     """The engine of one rank, and the torch parameters it trains.
@@ -443,6 +447,15 @@ class Engine:
     def give_back_freed() -> None:
         """Gives memory that the first weights took, and nobody holds any more, back to the system."""
 
+    def finish_save(self) -> str | None:
+        """Waits for a checkpoint that is being written behind training; what became of it, or None. Collective."""
+
+    def chosen(self) -> tuple[str, bool] | None:
+        """Why the checkpoint that was loaded last without a tag was chosen, and whether that is reason for a warning."""
+
+    def finish_save_alone(self) -> None:
+        """As `finish_save`, without the other ranks."""
+
     def stage(self) -> int:
         """The ZeRO stage."""
 
@@ -585,6 +598,34 @@ class LoadedCheckpoint:
     def buffer(self, name: str) -> bytes | None:
         """The bytes of a buffer, or None if it was not saved."""
 
+@final
+class SavedCheckpoint:
+    """What a save did."""
+
+    @property
+    def tags_differ(self) -> bool:
+        """Whether ranks had different tags."""
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether it is written behind training, and not there yet."""
+
+    @property
+    def removed(self) -> list[str]:
+        """Tags of older checkpoints that were removed, on rank 0."""
+
+    @property
+    def problems(self) -> list[str]:
+        """Why others could not be."""
+
+def wait_for_saves() -> list[tuple[Path, str]]:
+    """Waits for every checkpoint of this process that is still being written. Returns the folders of those that failed
+    without anybody having been told, with the reason."""
+
 def save_checkpoint(
     engine: Engine,
     *,
@@ -600,8 +641,8 @@ def save_checkpoint(
     buffers: dict[str, torch.Tensor],
     blobs: Sequence[tuple[str, bytes]],
     face: str,
-) -> tuple[str, bool, Path]:
-    """Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
+) -> SavedCheckpoint:
+    """Saves the engine's state with what Python adds.
 
     slices   of a client's optimizer: (index of the parameter, kind such as "exp_avg", first element, values).
     frozen   parameters that are not trained, left out with `exclude_frozen`.

@@ -171,6 +171,32 @@ pub enum CheckpointError {
         /// The dtype of the destination.
         dst: DType,
     },
+    /// There are checkpoints, and none of them is complete.
+    #[error(
+        "no checkpoint in {} is complete: {problem}; move what is there away to start from the beginning, or pass the tag \
+         of another folder",
+        dir.display()
+    )]
+    NoneComplete {
+        /// The checkpoint directory.
+        dir: PathBuf,
+        /// What is wrong with one of them.
+        problem: String,
+    },
+    /// The system refuses the memory of a snapshot.
+    #[error(
+        "no memory for a copy of {bytes} bytes, which a save behind training needs: {source}; set checkpoint.async to false \
+         to save without one"
+    )]
+    Memory {
+        /// The bytes.
+        bytes: usize,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another rank could not do its part of a save behind training.
+    #[error("the checkpoint was not completed because of an error on another rank, which reports it")]
+    GivenUp,
     /// The bytes another rank sent are not a record.
     #[error("the record of a rank's files cannot be read: {0}")]
     Record(#[source] serde_json::Error),

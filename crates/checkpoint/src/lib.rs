@@ -61,6 +61,7 @@
 //! Files are read with positioned reads, not mapped: a bad sector or a file cut short under our feet is then an error
 //! and not a signal that ends the process.
 
+mod background;
 mod checksum;
 pub mod convert;
 mod coverage;
@@ -70,6 +71,7 @@ mod draft;
 mod element;
 mod error;
 pub mod export;
+mod file_writer;
 mod header;
 mod index;
 pub mod inspect;
@@ -82,11 +84,15 @@ mod output;
 mod progress;
 mod reader;
 mod record;
+mod resume;
+mod retention;
+mod snapshot;
 mod source;
 mod tag;
 mod verify;
 mod writer;
 
+pub use background::{BackgroundSave, Commit, Failure, Outcome, Presence, Role, wait_for_all};
 pub use checksum::Checksum;
 pub use draft::{Draft, draft_folder};
 pub use element::{ElementType, UnknownElementType};
@@ -98,6 +104,9 @@ pub use open::open_any;
 pub use progress::{Progress, Silent};
 pub use reader::Checkpoint;
 pub use record::{BlobRecord, FileRecord, ParamRecord, RankRecord, SliceRecord, TensorRecord};
+pub use resume::{Chosen, choose};
+pub use retention::{Retired, retire};
+pub use snapshot::{CopyPair, Snapshot, SnapshotMemory};
 pub use source::{Source, TensorFacts};
 pub use tag::validate_tag;
 pub use verify::verify;

@@ -39,4 +39,4 @@ pub use error::EngineError;
 pub use facts::SharedAddresses;
 pub use gathering::{GatheredUnit, OwnPart};
 pub use param_state::StateKind;
-pub use settings::{OffloadSettings, Settings, loss_scaler};
+pub use settings::{OffloadSettings, SaveSettings, Settings, loss_scaler};

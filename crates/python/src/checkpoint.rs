@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use deepspeed_checkpoint::{Checkpoint, ElementType, TensorSource};
+use deepspeed_checkpoint::{Checkpoint, ElementType, Retired, TensorSource};
 use deepspeed_core::{ParamId, Rank, Span, SpanMut};
-use deepspeed_engine::{Frozen, LoadOptions, ParamSlice, SaveRequest, TagRule, read_cast};
+use deepspeed_engine::{Frozen, LoadOptions, ParamSlice, SaveRequest, Saved, TagRule, read_cast};
 use pyo3::{
     exceptions::{PyTypeError, PyValueError},
     intern,
@@ -61,7 +61,25 @@ impl RawTensor {
     }
 }
 
-/// Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
+/// What a save did.
+#[pyclass(frozen, name = "SavedCheckpoint", module = "deepspeed._native", get_all)]
+struct PySavedCheckpoint {
+    tags_differ: bool,
+    folder: PathBuf,
+    behind: bool,
+    removed: Vec<String>,
+    problems: Vec<String>,
+}
+
+/// Waits for every checkpoint of this process that is still being written. Returns the folders of those that failed
+/// without anybody having been told, with the reason.
+#[pyfunction]
+fn wait_for_saves(py: Python<'_>) -> Vec<(PathBuf, String)> {
+    let failed = py.detach(deepspeed_checkpoint::wait_for_all);
+    failed.into_iter().map(|(folder, failure)| (folder, failure.to_string())).collect()
+}
+
+/// Saves the engine's state with what Python adds.
 #[pyfunction]
 #[pyo3(signature = (engine, *, save_dir, tag, fail_on_different_tags, save_latest, param_groups, slices,
                     frozen, exclude_frozen, tied, buffers, blobs, face))]
@@ -81,7 +99,7 @@ fn save_checkpoint(
     buffers: &Bound<'_, PyDict>,
     blobs: Vec<(String, Vec<u8>)>,
     face: &str,
-) -> PyResult<(String, bool, PathBuf)> {
+) -> PyResult<PySavedCheckpoint> {
     let hypers = hypers(engine.kind(), &param_groups)?;
     let weights = engine.weights(py)?;
     let slices = slice_arguments(&slices, engine.engine.layout().params.len())?;
@@ -132,7 +150,15 @@ fn save_checkpoint(
             blobs: &blobs,
             face,
         })?;
-        Ok::<_, deepspeed_engine::EngineError>((saved.tag, saved.tags_differ, saved.folder))
+        let Saved { tags_differ, folder, behind, retired, .. } = saved;
+        let Retired { removed, problems } = retired;
+        Ok::<_, deepspeed_engine::EngineError>(PySavedCheckpoint {
+            tags_differ,
+            folder,
+            behind,
+            removed,
+            problems,
+        })
     })
 }
 
@@ -276,7 +302,9 @@ fn frozen_arguments(frozen: &Bound<'_, PyDict>) -> PyResult<Vec<(String, Vec<usi
 }
 
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<PySavedCheckpoint>()?;
     module.add_class::<PyLoadedCheckpoint>()?;
+    module.add_function(wrap_pyfunction!(wait_for_saves, module)?)?;
     module.add_function(wrap_pyfunction!(save_checkpoint, module)?)?;
     module.add_function(wrap_pyfunction!(load_checkpoint, module)?)?;
     Ok(())

@@ -21,15 +21,15 @@ pub struct LoadOptions {
 }
 
 impl Engine {
-    /// Loads what `options` ask for from the checkpoint `tag` of `dir` (or the latest) into the engine, into `weights`
-    /// (by parameter id) and into `frozen` ones (by name). `None` if there is no `latest`. Collective.
+    /// As [`Engine::load_checkpoint`], from one checkpoint: `tag` is this rank's, `None` if it finds none to load, or why
+    /// it cannot say.
     ///
     /// # Errors
-    /// [`EngineError::Checkpoint`] on every rank if anything failed on any.
-    pub fn load_checkpoint(
+    /// [`EngineError::DamagedCheckpoint`] if a checksum is wrong; nothing has been loaded then.
+    pub(super) fn load_tag(
         &mut self,
         dir: &Path,
-        tag: Option<&str>,
+        tag: Result<Option<String>, CheckpointError>,
         options: LoadOptions,
         hypers: &[Hyper],
         weights: &mut [SpanMut<'_>],
@@ -38,7 +38,10 @@ impl Engine {
         let group = self.group.clone();
         let group = &*group;
         group.set_activity("load_checkpoint");
-        let opened = Checkpoint::open(dir, tag);
+        let opened = tag.and_then(|tag| match tag {
+            Some(tag) => Checkpoint::open(dir, Some(&tag)),
+            None => Ok(None),
+        });
         let (checkpoint, tags) = agree(group, "checkpoint to load", opened, |checkpoint| {
             checkpoint.as_ref().map_or_else(Vec::new, |it| it.tag().as_bytes().to_vec())
         })?;
@@ -60,7 +63,8 @@ impl Engine {
             return Ok(None);
         };
         let checked = checkpoint.verify_share(group.rank(), group.world());
-        agree(group, "checksums of the checkpoint", checked, |()| Vec::new())?;
+        agree(group, "checksums of the checkpoint", checked, |()| Vec::new())
+            .map_err(EngineError::damaged)?;
         self.check_parameters(&checkpoint, options, frozen)?;
         let read = self.read(&checkpoint, options, hypers, weights, frozen);
         agree(group, "contents of the checkpoint", read, |()| Vec::new())?;
