@@ -597,7 +597,7 @@ def share_draft(
 
 @final
 class LoadedCheckpoint:
-    """A checkpoint whose weights and optimizer state are loaded, for what Python reads itself."""
+    """A checkpoint of any format, open for reading."""
 
     @property
     def tag(self) -> str:
@@ -606,6 +606,10 @@ class LoadedCheckpoint:
     @property
     def folder(self) -> Path:
         """The checkpoint's folder."""
+
+    @property
+    def format(self) -> str:
+        """The format in words."""
 
     @property
     def world_size(self) -> int:
@@ -617,12 +621,25 @@ class LoadedCheckpoint:
     def blob(self, name: str) -> bytes | None:
         """This rank's blob, or rank 0's where fewer ranks saved."""
 
+    def trusted_file(self) -> tuple[Path, list[str]] | None:
+        """The pickle in which this rank's client state lies among other things, and its keys there; None in a format
+        that keeps it apart."""
+
+    def weights(self) -> list[tuple[str, list[int], str]]:
+        """Name, shape and torch's dtype of every parameter whose weights are there."""
+
+    def tied(self) -> list[tuple[str, str]]:
+        """Other names of parameters: (other name, name)."""
+
     def read(self, name: str, kind: str, offset: int, tensor: torch.Tensor) -> bool:
         """Reads the elements of a parameter's `kind` from `offset` on into `tensor`, cast to its dtype. False if that
         was not saved."""
 
-    def buffer(self, name: str) -> bytes | None:
-        """The bytes of a buffer, or None if it was not saved."""
+    def buffers(self) -> list[tuple[str, list[int], str]]:
+        """Name, shape and torch's dtype of every buffer."""
+
+    def buffer(self, name: str) -> bytes:
+        """The bytes of a buffer."""
 
 @final
 class SavedCheckpoint:
@@ -678,15 +695,20 @@ def save_checkpoint(
     face     JSON.
     """
 
+def open_checkpoint(
+    engine: Engine, *, load_dir: str | PathLike[str], tag: str | None, universal: bool
+) -> LoadedCheckpoint | None:
+    """Opens a checkpoint of any format; None if there is no `latest` that names one. Collective."""
+
 def load_checkpoint(
     engine: Engine,
+    checkpoint: LoadedCheckpoint,
     *,
-    load_dir: str | PathLike[str],
-    tag: str | None,
+    weights: bool,
     module_only: bool,
     optimizer_states: bool,
     strict: bool,
     param_groups: Sequence[Mapping[str, Any]],
     frozen: dict[str, torch.Tensor],
-) -> LoadedCheckpoint | None:
-    """Loads into the engine, its parameters and the `frozen` ones. None if there is no `latest` to load."""
+) -> None:
+    """Loads a checkpoint into the engine, its parameters (with `weights`) and the `frozen` ones. Collective."""

@@ -7,6 +7,7 @@ buffers, the parameter groups, the schedule's state, random states and the clien
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import json
 import logging
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepspeed import _native
-from deepspeed._features import not_built
 from deepspeed.runtime.zero.gathered_weights import whole_state_dict
 from deepspeed.utils.logging import log_dist, logger, warning_once
 
@@ -121,24 +121,22 @@ class CheckpointMethods:
         custom_load_fn: Callable[..., Any] | None = None,
         trust_client_state: bool = False,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """Continues from `load_dir/tag`, or from the latest checkpoint. Every rank calls it.
+        """Continues from `load_dir/tag`, or from the latest checkpoint, ours or the original's. Every rank calls it.
 
         Returns the checkpoint's folder and the client state; (None, None) and a warning where there is no checkpoint
         and no tag was asked for. Without a tag it is the one that `latest` names; where that one is missing or damaged,
-        the newest complete one, with a warning. A tag that is missing or damaged is an error. Code in a checkpoint is executed only
-        with `trust_client_state=True`, which a client state of classes of one's own needs.
+        the newest complete one, with a warning. A tag that is missing or damaged is an error. Code in a checkpoint is
+        executed only with `trust_client_state=True`, which a client state of classes of one's own needs.
+
+        custom_load_fn  called as `custom_load_fn(src=state_dict, dst=module)` on every rank instead of loading the
+                        weights; `src` is the whole state dict. Masters and optimizer state come from the checkpoint by
+                        name; where the function made other weights, the masters follow these.
         """
-        if custom_load_fn is not None:
-            not_built("load_checkpoint(custom_load_fn=...)", "loading by a function of the client's")
-        loaded = _native.load_checkpoint(
+        loaded = _native.open_checkpoint(
             self._native,
             load_dir=os.fspath(load_dir),
             tag=None if tag is None else str(tag),
-            module_only=load_module_only,
-            optimizer_states=load_optimizer_states,
-            strict=load_module_strict,
-            param_groups=self._group_options(),
-            frozen=self._frozen(),
+            universal=self._config.load_universal_checkpoint,
         )
         if loaded is None:
             logger.warning(
@@ -153,15 +151,30 @@ class CheckpointMethods:
             logger.log(
                 logging.WARNING if unexpected else logging.INFO, "going on from checkpoint %s: %s", loaded.folder, why
             )
-        self._weights_changed()
         python_state, client_state = self._unpack_states(loaded, trust_client_state)
-        self._load_buffers(loaded, load_module_strict)
+        _native.load_checkpoint(
+            self._native,
+            loaded,
+            weights=custom_load_fn is None,
+            module_only=load_module_only,
+            optimizer_states=load_optimizer_states,
+            strict=load_module_strict,
+            param_groups=self._group_options(),
+            frozen=self._frozen(),
+        )
         client = self._client()
-        if client is not None:
-            client.refresh_masters()
+        if custom_load_fn is None:
+            self._weights_changed()
+            self._load_buffers(loaded, load_module_strict)
+            if client is not None:
+                client.refresh_masters()
         self.loaded_checkpoint_dp_world_size = loaded.world_size
         if not load_module_only:
             self._load_python_state(loaded, python_state, load_optimizer_states, load_lr_scheduler_states)
+        if custom_load_fn is not None:
+            self._load_by_function(loaded, custom_load_fn)
+            if client is not None:
+                client.refresh_masters()
         return os.fspath(loaded.folder), client_state
 
     def save_16bit_model(
@@ -204,11 +217,15 @@ class CheckpointMethods:
     def _unpack_states(self, loaded: LoadedCheckpoint, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """What Python and the client saved on this rank. What cannot be unpacked on one rank is an error on all."""
         states: list[dict[str, Any]] = []
-        mine: ValueError | None = None
+        mine: Exception | None = None
         for what in ("python", "client_state"):
             try:
-                states.append(_unpack(loaded.blob(what), what, loaded.folder, trust))
-            except ValueError as error:
+                trusted = loaded.trusted_file() if trust and what == "client_state" else None
+                if trusted is not None:
+                    states.append(_execute(*trusted))
+                else:
+                    states.append(_unpack(loaded.blob(what), what, loaded.folder, trust))
+            except (ValueError, _native.CheckpointError) as error:
                 mine = mine or error
         problems = self._group.all_gather_bytes("client state of the checkpoint", str(mine or "").encode())
         for rank, theirs in enumerate(problems):
@@ -236,23 +253,32 @@ class CheckpointMethods:
         names = [(name, first.setdefault(id(tensor), name)) for name, tensor in [*parameters, *buffers]]
         return [(other, name) for other, name in names if other != name]
 
+    def _load_by_function(self, loaded: LoadedCheckpoint, function: Callable[..., Any]) -> None:
+        state = {name: _buffer(loaded, name, shape, dtype) for name, shape, dtype in loaded.buffers()}
+        for name, shape, dtype in loaded.weights():
+            state[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+            loaded.read(name, "weight", 0, state[name])
+        state.update({other: state[name] for other, name in loaded.tied() if name in state})
+        with self._writing_weights():
+            function(src=state, dst=self.module)
+        if self._gather_hooks is None:
+            self._native.reload_masters(range(len(self._trained.tensors)))
+
     def _load_buffers(self, loaded: LoadedCheckpoint, strict: bool) -> None:
-        for name, buffer in self.module.named_buffers():
-            if name not in self._saved_buffers():
-                continue
-            data = loaded.buffer(name)
-            if data is None:
+        found = {name: (shape, dtype) for name, shape, dtype in loaded.buffers()}
+        for name, buffer in self._saved_buffers().items():
+            if name not in found:
                 if strict:
                     raise KeyError(
                         f"checkpoint {loaded.folder} has no buffer `{name}`; load_module_strict=False skips it"
                     )
                 continue
-            if len(data) != buffer.nbytes:
+            shape, dtype = found[name]
+            if list(buffer.shape) != shape:
                 raise ValueError(
-                    f"buffer `{name}` has {len(data)} bytes in checkpoint {loaded.folder} and {buffer.nbytes} in the model"
+                    f"buffer `{name}` has shape {shape} in checkpoint {loaded.folder} and {list(buffer.shape)} in the model"
                 )
-            if data:
-                buffer.copy_(torch.frombuffer(bytearray(data), dtype=buffer.dtype).view(buffer.shape))
+            self.module.get_buffer(name).copy_(_buffer(loaded, name, shape, dtype))
 
     def _state_to_save(self) -> tuple[list[tuple[int, str, int, torch.Tensor]], dict[str, Any]]:
         """Slices of a client optimizer's state, and what Python saves beside the client's own state."""
@@ -283,13 +309,28 @@ class CheckpointMethods:
     ) -> None:
         if optimizer and self.basic_optimizer is not None:
             client = self._client()
+            if "withheld" in state:
+                raise ValueError(f"checkpoint {loaded.folder}: {state['withheld']}")
             if client is not None and "client_kinds" in state:
                 client.load_state(loaded, state["client_scalars"], state["client_kinds"])
-            for group, saved in zip(self.basic_optimizer.param_groups, state["param_groups"], strict=True):
-                group.update(saved)
+            self._load_groups(loaded, state["param_groups"], foreign="random" not in state)
         if scheduler and self.lr_scheduler is not None and "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        _set_random_states(state["random"])
+        if "random" in state:  # the original saves none
+            _set_random_states(state["random"])
+
+    def _load_groups(self, loaded: LoadedCheckpoint, saved: list[dict[str, Any]], foreign: bool) -> None:
+        groups = self.basic_optimizer.param_groups
+        if foreign and not saved:
+            return  # elastic checkpoints of the original have none
+        if len(saved) != len(groups):
+            raise ValueError(
+                f"the optimizer has {len(groups)} parameter groups and checkpoint {loaded.folder} has {len(saved)}; "
+                "load_optimizer_states=False loads the weights alone"
+            )
+        for group, options in zip(groups, saved, strict=True):
+            # Another optimizer's options mean nothing to this one.
+            group.update({key: value for key, value in options.items() if not foreign or key in group})
 
     if TYPE_CHECKING:  # the engine's, which this is mixed into
 
@@ -299,6 +340,8 @@ class CheckpointMethods:
         def _group_options(self) -> list[dict[str, Any]]: ...
 
         def _weights_changed(self) -> None: ...
+
+        def _writing_weights(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 @atexit.register
@@ -332,6 +375,24 @@ def _set_random_states(states: dict[str, Any]) -> None:
     if numpy is not None and "numpy" in states:
         kind, keys, position, has_gauss, gauss = states["numpy"]
         numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, gauss))
+
+
+def _buffer(loaded: LoadedCheckpoint, name: str, shape: list[int], dtype: str) -> torch.Tensor:
+    data = bytearray(loaded.buffer(name))
+    return (
+        torch.frombuffer(data, dtype=getattr(torch, dtype)).view(shape)
+        if data
+        else torch.empty(shape, dtype=getattr(torch, dtype))
+    )
+
+
+def _execute(path: Any, keys: list[str]) -> dict[str, Any]:
+    """The client's entries of a torch file, by executing what is in it."""
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be rebuilt: {type(error).__name__}: {error}") from error
+    return {key: values[key] for key in keys}
 
 
 def _pack(value: Any) -> bytes:

@@ -2,35 +2,30 @@
 
 use std::path::Path;
 
-use deepspeed_checkpoint::{Checkpoint, Chosen, choose};
-use deepspeed_core::SpanMut;
-use deepspeed_optim::Hyper;
+use deepspeed_checkpoint::{Chosen, Source, choose};
 
-use super::LoadOptions;
 use crate::{Engine, EngineError};
 
 impl Engine {
-    /// Loads what `options` ask for from the checkpoint `tag` of `dir` into the engine, into `weights` (by parameter id)
-    /// and into `frozen` ones (by name). Collective.
+    /// Opens the checkpoint `tag` of `dir`, whatever its format, and checks its files; with `universal`, the universal one.
+    /// Collective.
     ///
-    /// Without a tag, from the one that [`choose`] chooses, and if a checksum of it is wrong, from the next; none of its
-    /// contents have been used then. [`Engine::chosen`] says why. `None` if there is none.
+    /// Without a tag it is the one that [`choose`] chooses, and if a checksum of it is wrong, the next; nothing has been
+    /// loaded then. [`Engine::chosen`] says why. `None` if there is none.
     ///
     /// # Errors
-    /// [`EngineError::Checkpoint`] and [`EngineError::DamagedCheckpoint`] on every rank if anything failed on any.
-    pub fn load_checkpoint(
+    /// [`EngineError::Checkpoint`] and [`EngineError::DamagedCheckpoint`] on every rank if anything failed on any;
+    /// [`EngineError::Usage`] if ranks would load different ones.
+    pub fn open_checkpoint(
         &mut self,
         dir: &Path,
         tag: Option<&str>,
-        options: LoadOptions,
-        hypers: &[Hyper],
-        weights: &mut [SpanMut<'_>],
-        frozen: &mut [(String, SpanMut<'_>)],
-    ) -> Result<Option<Checkpoint>, EngineError> {
+        universal: bool,
+    ) -> Result<Option<Box<dyn Source>>, EngineError> {
         self.finish_save()?;
         self.chosen = None;
-        if let Some(tag) = tag {
-            return self.load_tag(dir, Ok(Some(tag.to_owned())), options, hypers, weights, frozen);
+        if tag.is_some() || universal {
+            return self.open_tag(dir, Ok(tag.map(str::to_owned)), universal);
         }
         let mut damaged: Vec<(String, String)> = Vec::new();
         loop {
@@ -39,14 +34,13 @@ impl Engine {
                 self.chosen = chosen;
                 self.chosen.as_ref().map(|it| it.tag.clone())
             });
-            let loaded = self.load_tag(dir, tag, options, hypers, weights, frozen);
-            match (loaded, self.chosen.take()) {
+            match (self.open_tag(dir, tag, false), self.chosen.take()) {
                 (Err(EngineError::DamagedCheckpoint { rank, problem }), Some(chosen)) => {
                     damaged.push((chosen.tag, format!("rank {rank}: {problem}")));
                 }
-                (loaded, chosen) => {
+                (opened, chosen) => {
                     self.chosen = chosen;
-                    return loaded;
+                    return opened;
                 }
             }
         }
