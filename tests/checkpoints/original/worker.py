@@ -10,8 +10,9 @@ import json
 import os
 import traceback
 
-import deepspeed
 import torch
+
+import deepspeed
 from original_cases import all_cases, client_state
 from original_model import AFTER, BEFORE, build, client_optimizer, groups, train
 
