@@ -81,6 +81,16 @@ impl Draft {
         &self.folder
     }
 
+    /// The checkpoint directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The checkpoint's folder, once it is committed.
+    pub fn target(&self) -> PathBuf {
+        self.dir.join(&self.tag)
+    }
+
     /// What could not be done about leftovers of dead jobs. None of it hinders this save.
     pub fn warnings(&self) -> &[CheckpointError] {
         &self.warnings
@@ -102,9 +112,10 @@ impl Draft {
     ) -> Result<PathBuf> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let saved_at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-        let manifest = Manifest::new(parts, records, CHUNK_BYTES, saved_at_ms)
+        let manifest = Manifest::new(parts, records, CHUNK_BYTES, saved_at_ms, save_latest)
             .map_err(|problem| CheckpointError::Coverage { problem })?;
         self.check_files(&manifest)?;
+        self.remove_reports()?;
         let text = manifest.to_bytes();
         self.write_file(&self.folder.join(MANIFEST), &text)?;
         self.write_file(&self.folder.join(MANIFEST_CHECKSUM), manifest_checksum_text(&text).as_bytes())?;
@@ -150,6 +161,17 @@ impl Draft {
     pub fn abort(mut self) -> Result<()> {
         self.finished = true;
         self.remove()
+    }
+
+    /// Removes what threads of a save behind training told each other.
+    fn remove_reports(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.folder).map_err(CheckpointError::io("list", &self.folder))? {
+            let entry = entry.map_err(CheckpointError::io("list", &self.folder))?;
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                remove(&*self.disk, &entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     fn check_files(&self, manifest: &Manifest) -> Result<()> {
@@ -240,7 +262,7 @@ fn remove(disk: &dyn Disk, path: &Path) -> Result<()> {
 }
 
 /// Makes `dir` and the folders above it, each synced into the one above.
-fn create_dirs(disk: &dyn Disk, dir: &Path) -> Result<()> {
+pub(crate) fn create_dirs(disk: &dyn Disk, dir: &Path) -> Result<()> {
     if dir.as_os_str().is_empty() || dir.is_dir() {
         return Ok(());
     }
@@ -296,6 +318,10 @@ fn remove_leftovers(disk: &dyn Disk, dir: &Path) -> Vec<CheckpointError> {
 }
 
 fn remove_leftover(disk: &dyn Disk, dir: &Path, name: &str) -> Result<()> {
+    if tag::tag_of_removed(name).is_some() {
+        // Nothing but that is ever done with it; two who do it do not mind each other.
+        return remove(disk, &dir.join(name));
+    }
     let (tag, draft, aside) = match (tag::tag_of_draft(name), tag::tag_of_replaced(name)) {
         (Some(tag), _) => (tag, name.to_owned(), None),
         (_, Some(tag)) => (tag, name.replacen(".old-", ".tmp-", 1), Some(dir.join(name))),

@@ -66,6 +66,28 @@ pub enum CheckpointError {
         /// Tags of complete checkpoints, newest first.
         complete: Vec<String>,
     },
+    /// Nothing says which checkpoint of a folder is meant.
+    #[error("{} has no file `latest` to say which checkpoint is meant; {}; name one by its tag", dir.display(), listed(complete))]
+    NoLatest {
+        /// The checkpoint directory.
+        dir: PathBuf,
+        /// Tags of complete checkpoints, newest first.
+        complete: Vec<String>,
+    },
+    /// A result would overwrite what is there.
+    #[error("{} already exists; remove it, choose another place, or ask for it to be overwritten (--overwrite)", path.display())]
+    Exists {
+        /// What is in the way.
+        path: PathBuf,
+    },
+    /// A model or checkpoint cannot be written in the format asked for.
+    #[error("cannot write {what}: {problem}")]
+    Unwritable {
+        /// What was to be written.
+        what: String,
+        /// Why it cannot be.
+        problem: String,
+    },
     /// The folder holds a checkpoint of the original DeepSpeed.
     #[error(
         "{} is a checkpoint of the original DeepSpeed (it holds {example}), and this reads only its own format: open it \
@@ -157,6 +179,32 @@ pub enum CheckpointError {
         /// The dtype of the destination.
         dst: DType,
     },
+    /// There are checkpoints, and none of them is complete.
+    #[error(
+        "no checkpoint in {} is complete: {problem}; move what is there away to start from the beginning, or pass the tag \
+         of another folder",
+        dir.display()
+    )]
+    NoneComplete {
+        /// The checkpoint directory.
+        dir: PathBuf,
+        /// What is wrong with one of them.
+        problem: String,
+    },
+    /// The system refuses the memory of a snapshot.
+    #[error(
+        "no memory for a copy of {bytes} bytes, which a save behind training needs: {source}; set checkpoint.async to false \
+         to save without one"
+    )]
+    Memory {
+        /// The bytes.
+        bytes: usize,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another rank could not do its part of a save behind training.
+    #[error("the checkpoint was not completed because of an error on another rank, which reports it")]
+    GivenUp,
     /// The bytes another rank sent are not a record.
     #[error("the record of a rank's files cannot be read: {0}")]
     Record(#[source] serde_json::Error),

@@ -34,6 +34,10 @@ pub struct Manifest {
     pub writer: String,
     /// When it was committed, milliseconds since 1970 UTC.
     pub saved_at_ms: u64,
+    /// Whether `latest` was to name it: it is one to go on from, and retention may remove it. One that is kept aside says
+    /// false.
+    #[serde(default)]
+    pub save_latest: bool,
     /// Number of ranks that wrote it.
     pub world: usize,
     /// The ZeRO stage it was written at.
@@ -48,6 +52,9 @@ pub struct Manifest {
     pub chunk_bytes: u64,
     /// The parameters in registration order.
     pub params: Vec<ParamRecord>,
+    /// Other names of parameters and whole tensors: (other name, name under which it is stored).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tied: Vec<(String, String)>,
     /// The files.
     pub files: Vec<FileRecord>,
 }
@@ -84,6 +91,8 @@ pub struct CommitParts {
     pub dtype: DType,
     /// All parameters in registration order, frozen and zero-sized ones included.
     pub params: Vec<ParamRecord>,
+    /// Other names of parameters and whole tensors: (other name, name under which it is stored).
+    pub tied: Vec<(String, String)>,
     /// Whatever the engine needs to continue. JSON has no NaN and no infinity: they would come back as `null`.
     pub state: Value,
     /// Whether weights of frozen parameters are left out on purpose.
@@ -100,6 +109,7 @@ impl Manifest {
         records: &[RankRecord],
         chunk_bytes: u64,
         saved_at_ms: u64,
+        save_latest: bool,
     ) -> Result<Self, String> {
         let mut by_rank: Vec<Option<&RankRecord>> = vec![None; parts.world];
         for record in records {
@@ -120,6 +130,7 @@ impl Manifest {
             format_version: FORMAT_VERSION,
             writer: concat!("deepspeed ", env!("CARGO_PKG_VERSION")).to_owned(),
             saved_at_ms,
+            save_latest,
             world: parts.world,
             stage: parts.stage,
             dtype: parts.dtype.into(),
@@ -127,6 +138,7 @@ impl Manifest {
             state: parts.state,
             chunk_bytes,
             params: parts.params,
+            tied: parts.tied,
             files,
         };
         manifest.validate()?;
@@ -183,7 +195,23 @@ impl Manifest {
             }
             self.validate_file(file).map_err(|problem| format!("{}: {problem}", file.name))?;
         }
-        coverage::check(&self.params, &self.files, self.frozen_excluded)
+        coverage::check(&self.params, &self.files, self.frozen_excluded)?;
+        self.validate_tied()
+    }
+
+    fn validate_tied(&self) -> Result<(), String> {
+        let tensors = self.files.iter().flat_map(|file| &file.tensors).map(|tensor| tensor.name.as_str());
+        let stored: HashSet<&str> = self.params.iter().map(|it| it.name.as_str()).chain(tensors).collect();
+        let mut others = HashSet::new();
+        for (other, name) in &self.tied {
+            if !stored.contains(name.as_str()) {
+                return Err(format!("`{other}` is another name of `{name}`, which is not there"));
+            }
+            if stored.contains(other.as_str()) || !others.insert(other.as_str()) {
+                return Err(format!("`{other}` is there twice"));
+            }
+        }
+        Ok(())
     }
 
     fn validate_file(&self, file: &FileRecord) -> Result<(), String> {

@@ -16,6 +16,9 @@ pub enum EngineError {
     /// State on a disk could not be read or written.
     #[error(transparent)]
     Offload(#[from] OffloadError),
+    /// The accelerator, or the framework that works on it, failed.
+    #[error(transparent)]
+    Device(#[from] crate::DeviceError),
     /// A checkpoint could not be read, said by the rank that could not.
     #[error(transparent)]
     Read(#[from] CheckpointError),
@@ -99,6 +102,14 @@ pub enum EngineError {
         /// Its error.
         problem: String,
     },
+    /// A checkpoint holds other bytes than were written, found by one rank before anything was loaded.
+    #[error("rank {rank}: {problem}")]
+    DamagedCheckpoint {
+        /// The rank that found it.
+        rank: deepspeed_core::Rank,
+        /// What is wrong.
+        problem: String,
+    },
     /// A setting or a call that does not fit the others.
     #[error("{0}")]
     Usage(String),
@@ -108,6 +119,16 @@ pub enum EngineError {
     /// An optimizer, schedule or loss scale refused.
     #[error(transparent)]
     Optim(#[from] deepspeed_optim::OptimError),
+}
+
+impl EngineError {
+    /// The same of a checkpoint whose contents were only checked.
+    pub(crate) fn damaged(self) -> Self {
+        match self {
+            Self::Checkpoint { rank, problem } => Self::DamagedCheckpoint { rank, problem },
+            other => other,
+        }
+    }
 }
 
 fn summary(names: &[String]) -> String {

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use deepspeed_checkpoint::{ElementType, Source, TensorSource, kind};
+use deepspeed_checkpoint::{ElementType, Retired, Source, TensorSource, kind};
 use deepspeed_core::{ParamId, Rank, Span, SpanMut};
-use deepspeed_engine::{Frozen, LoadOptions, ParamSlice, SaveRequest, TagRule, read_cast};
+use deepspeed_engine::{Afterwards, Frozen, LoadOptions, ParamSlice, SaveRequest, Saved, TagRule, read_cast};
 use pyo3::{
     exceptions::{PyTypeError, PyValueError},
     intern,
@@ -61,10 +61,28 @@ impl RawTensor {
     }
 }
 
-/// Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
+/// What a save did.
+#[pyclass(frozen, name = "SavedCheckpoint", module = "deepspeed._native", get_all)]
+struct PySavedCheckpoint {
+    tags_differ: bool,
+    folder: PathBuf,
+    behind: bool,
+    removed: Vec<String>,
+    problems: Vec<String>,
+}
+
+/// Waits for every checkpoint of this process that is still being written. Returns the folders of those that failed
+/// without anybody having been told, with the reason.
+#[pyfunction]
+fn wait_for_saves(py: Python<'_>) -> Vec<(PathBuf, String)> {
+    let failed = py.detach(deepspeed_checkpoint::wait_for_all);
+    failed.into_iter().map(|(folder, failure)| (folder, failure.to_string())).collect()
+}
+
+/// Saves the engine's state with what Python adds.
 #[pyfunction]
 #[pyo3(signature = (engine, *, save_dir, tag, fail_on_different_tags, save_latest, param_groups, slices,
-                    frozen, exclude_frozen, buffers, blobs, face))]
+                    frozen, exclude_frozen, tied, buffers, blobs, face))]
 #[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
 fn save_checkpoint(
     py: Python<'_>,
@@ -77,10 +95,11 @@ fn save_checkpoint(
     slices: Vec<(usize, String, usize, Bound<'_, PyAny>)>,
     frozen: &Bound<'_, PyDict>,
     exclude_frozen: bool,
+    tied: Vec<(String, String)>,
     buffers: &Bound<'_, PyDict>,
     blobs: Vec<(String, Vec<u8>)>,
     face: &str,
-) -> PyResult<(String, bool, PathBuf)> {
+) -> PyResult<PySavedCheckpoint> {
     let hypers = hypers(engine.kind(), &param_groups)?;
     let weights = engine.weights(py)?;
     let slices = slice_arguments(&slices, engine.engine.layout().params.len())?;
@@ -116,7 +135,7 @@ fn save_checkpoint(
         let tensors: Vec<TensorSource<'_>> =
             buffers.iter().map(|tensor| unsafe { tensor.source() }).collect();
         let rule = if fail_on_different_tags { TagRule::Fail } else { TagRule::FirstRank };
-        let saved = engine.save_checkpoint(&SaveRequest {
+        let request = SaveRequest {
             dir: &save_dir,
             tag: &tag,
             rule,
@@ -126,11 +145,21 @@ fn save_checkpoint(
             slices: &slices,
             frozen: &frozen,
             exclude_frozen,
+            tied: &tied,
             tensors: &tensors,
             blobs: &blobs,
             face,
-        })?;
-        Ok::<_, deepspeed_engine::EngineError>((saved.tag, saved.tags_differ, saved.folder))
+        };
+        let saved = engine.on_host(None, Afterwards::Forget, |engine| engine.save_checkpoint(&request))?;
+        let Saved { tags_differ, folder, behind, retired, .. } = saved;
+        let Retired { removed, problems } = retired;
+        Ok::<_, deepspeed_engine::EngineError>(PySavedCheckpoint {
+            tags_differ,
+            folder,
+            behind,
+            removed,
+            problems,
+        })
     })
 }
 
@@ -245,12 +274,12 @@ impl PyLoadedCheckpoint {
 #[pyo3(signature = (engine, *, load_dir, tag, universal))]
 fn open_checkpoint(
     py: Python<'_>,
-    engine: PyRef<'_, PyEngine>,
+    mut engine: PyRefMut<'_, PyEngine>,
     load_dir: PathBuf,
     tag: Option<String>,
     universal: bool,
 ) -> PyResult<Option<PyLoadedCheckpoint>> {
-    let engine = &engine.engine;
+    let engine = &mut engine.engine;
     let rank = engine.group().rank();
     let checkpoint = enter(py, || engine.open_checkpoint(&load_dir, tag.as_deref(), universal))?;
     Ok(checkpoint.map(|checkpoint| PyLoadedCheckpoint { checkpoint, rank }))
@@ -283,7 +312,9 @@ fn load_checkpoint(
         let mut weights: Vec<SpanMut<'_>> = weights.iter().map(span).collect();
         let mut frozen: Vec<(String, SpanMut<'_>)> =
             frozen.iter().map(|(name, _, tensor)| (name.clone(), span(tensor))).collect();
-        engine.load_from(&*checkpoint.checkpoint, options, &hypers, &mut weights, &mut frozen)
+        engine.on_host(None, Afterwards::WriteBack, |engine| {
+            engine.load_from(&*checkpoint.checkpoint, options, &hypers, &mut weights, &mut frozen)
+        })
     })
 }
 
@@ -317,7 +348,9 @@ fn frozen_arguments(frozen: &Bound<'_, PyDict>) -> PyResult<Vec<(String, Vec<usi
 }
 
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<PySavedCheckpoint>()?;
     module.add_class::<PyLoadedCheckpoint>()?;
+    module.add_function(wrap_pyfunction!(wait_for_saves, module)?)?;
     module.add_function(wrap_pyfunction!(save_checkpoint, module)?)?;
     module.add_function(wrap_pyfunction!(open_checkpoint, module)?)?;
     module.add_function(wrap_pyfunction!(load_checkpoint, module)?)?;

@@ -58,10 +58,17 @@ impl IntoPyErr for EngineError {
     fn into_py_err(self) -> PyErr {
         match self {
             Self::Comm(error) => error.into_py_err(),
-            Self::Checkpoint { .. } => CheckpointError::new_err(self.to_string()),
+            Self::Checkpoint { .. } | Self::DamagedCheckpoint { .. } => {
+                CheckpointError::new_err(self.to_string())
+            }
             Self::NonFinite { .. } => NonFiniteGradientError::new_err(self.to_string()),
             Self::Length { .. } | Self::Count { .. } | Self::Layout(_) => {
                 PyValueError::new_err(self.to_string())
+            }
+            Self::Device(error) => {
+                let text = error.to_string();
+                // What torch raised, unless it came from elsewhere.
+                error.source.downcast::<PyErr>().map_or_else(|_| DeepSpeedError::new_err(text), |it| *it)
             }
             Self::Memory(_) => PyMemoryError::new_err(self.to_string()),
             Self::WeightDType { .. } => PyTypeError::new_err(self.to_string()),

@@ -6,8 +6,10 @@ buffers, the parameter groups, the schedule's state, random states and the clien
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -19,7 +21,7 @@ import torch
 
 from deepspeed import _native
 from deepspeed.runtime.zero.gathered_weights import whole_state_dict
-from deepspeed.utils.logging import logger, warning_once
+from deepspeed.utils.logging import log_dist, logger, warning_once
 
 if TYPE_CHECKING:
     from deepspeed._native import Engine, LoadedCheckpoint
@@ -59,6 +61,9 @@ class CheckpointMethods:
         tag           any printable value, by default `global_step{N}`; where ranks differ, rank 0's.
         client_state  what `load_checkpoint` gives back (`client_sd` is another name for it); each rank its own.
         save_latest   whether `load_checkpoint` without a tag takes this one from now on.
+
+        With `"checkpoint": {"async": true}` it returns as soon as everything has been copied; the next call of the engine
+        on which all ranks meet raises what goes wrong afterwards. `wait_for_checkpoint` waits for the end.
         """
         if not os.fspath(save_dir):
             raise ValueError("save_dir is empty: give the folder in which checkpoints are kept")
@@ -67,7 +72,7 @@ class CheckpointMethods:
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
         state = client_state if client_state is not None else client_sd
         slices, python_state = self._state_to_save()
-        _, differ, folder = _native.save_checkpoint(
+        saved = _native.save_checkpoint(
             self._native,
             save_dir=os.fspath(save_dir),
             tag=tag,
@@ -77,17 +82,32 @@ class CheckpointMethods:
             slices=slices,
             frozen=self._frozen(),
             exclude_frozen=exclude_frozen_parameters,
+            tied=self._tied_names(),
             buffers=self._saved_buffers(),
             blobs=[("client_state", _pack(dict(state or {}))), ("python", _pack(python_state))],
             face=json.dumps({"module": type(self.module).__name__}),
         )
-        if differ and self._config.checkpoint_tag_validation_enabled and self.global_rank == 0:
+        if saved.tags_differ and self._config.checkpoint_tag_validation_enabled and self.global_rank == 0:
             warning_once(
                 "ranks save under different tags: rank 0's are used. Set checkpoint.tag_validation to FAIL to make this "
                 "an error, or to IGNORE to silence it"
             )
-        logger.info("saved checkpoint %s", folder)
+        if saved.behind:
+            log_dist(f"checkpoint {saved.folder} is being written behind training", ranks=[0])
+            return True
+        logger.info("saved checkpoint %s", saved.folder)
+        if saved.removed:
+            logger.info("removed older checkpoints: %s", ", ".join(saved.removed))
+        for problem in saved.problems:
+            logger.warning("an older checkpoint could not be removed: %s", problem)
         return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Waits until a checkpoint that is being written behind training is complete; raises what went wrong with it,
+        on all ranks. Every rank calls it."""
+        done = self._native.finish_save()
+        if done is not None:
+            log_dist(done, ranks=[0])
 
     def load_checkpoint(
         self,
@@ -103,7 +123,8 @@ class CheckpointMethods:
         """Continues from `load_dir/tag`, or from the latest checkpoint, ours or the original's. Every rank calls it.
 
         Returns the checkpoint's folder and the client state; (None, None) and a warning where there is no checkpoint
-        and no tag was asked for. A tag that is missing or damaged is an error. Code in a checkpoint is executed only
+        and no tag was asked for. Without a tag it is the one that `latest` names; where that one is missing or damaged,
+        the newest complete one, with a warning. A tag that is missing or damaged is an error. Code in a checkpoint is executed only
         with `trust_client_state=True`, which a client state of classes of one's own needs.
 
         custom_load_fn  called as `custom_load_fn(src=state_dict, dst=module)` on every rank instead of loading the
@@ -118,11 +139,17 @@ class CheckpointMethods:
         )
         if loaded is None:
             logger.warning(
-                "no checkpoint in %s: there is no file `latest` in it. Training goes on from where it is; pass a tag to "
-                "make a missing checkpoint an error",
+                "no checkpoint in %s: there is none in it. Training goes on from where it is; pass a tag to make a missing "
+                "checkpoint an error",
                 load_dir,
             )
             return None, None
+        chosen = self._native.chosen()
+        if chosen is not None and self.global_rank == 0:
+            why, unexpected = chosen
+            logger.log(
+                logging.WARNING if unexpected else logging.INFO, "going on from checkpoint %s: %s", loaded.folder, why
+            )
         python_state, client_state = self._unpack_states(loaded, trust_client_state)
         _native.load_checkpoint(
             self._native,
@@ -226,6 +253,14 @@ class CheckpointMethods:
             function(src=state, dst=self.module)
         if self._gather_hooks is None:
             self._native.reload_masters(range(len(self._trained.tensors)))
+    def _tied_names(self) -> list[tuple[str, str]]:
+        """(other name, name) of parameters and saved buffers that the module has under several names."""
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        saved = self.module.state_dict(keep_vars=True)
+        buffers = [it for it in self.module.named_buffers(remove_duplicate=False) if it[0] in saved]
+        first: dict[int, str] = {}
+        names = [(name, first.setdefault(id(tensor), name)) for name, tensor in [*parameters, *buffers]]
+        return [(other, name) for other, name in names if other != name]
 
     def _load_buffers(self, loaded: LoadedCheckpoint, strict: bool) -> None:
         found = {name: (shape, dtype) for name, shape, dtype in loaded.buffers()}
@@ -303,6 +338,20 @@ class CheckpointMethods:
         def _group_options(self) -> list[dict[str, Any]]: ...
 
         def _weights_changed(self) -> None: ...
+
+
+@atexit.register
+def _wait_for_saves() -> None:
+    """A program that ends while a checkpoint is being written waits for it, and fails if it fails."""
+    failed = _native.wait_for_saves()
+    for folder, problem in failed:
+        logger.error("checkpoint %s was not completed: %s", folder, problem)
+    if failed:
+        # An exit handler cannot change the exit code in another way.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _random_states() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use deepspeed_checkpoint::{CheckpointError, Source, kind, open_any, open_universal};
+use deepspeed_checkpoint::{CheckpointError, Source, kind};
 use deepspeed_core::{DType, Layout, ParamSpec, Rank, Span, SpanMut};
 use deepspeed_optim::{Hyper, state_names};
 
@@ -23,23 +23,19 @@ pub struct LoadOptions {
 }
 
 impl Engine {
-    /// Opens the checkpoint `tag` of `dir` (or the latest), whatever its format, and checks its files; with `universal`,
-    /// the universal one. `None` if there is no `latest`. Collective.
+    /// Opens one checkpoint and checks its files: `opened` is what this rank found. Collective.
     ///
     /// # Errors
-    /// [`EngineError::Checkpoint`] on every rank if anything failed on any; [`EngineError::Usage`] if ranks would load
-    /// different ones.
-    pub fn open_checkpoint(
+    /// [`EngineError::DamagedCheckpoint`] if a checksum is wrong; as [`Engine::open_checkpoint`].
+    pub(super) fn agree_on_opened(
         &self,
         dir: &Path,
-        tag: Option<&str>,
-        universal: bool,
+        opened: Result<Option<Box<dyn Source>>, CheckpointError>,
     ) -> Result<Option<Box<dyn Source>>, EngineError> {
         let group = &*self.group;
         group.set_activity("load_checkpoint");
         let trained: Vec<(&str, usize)> =
             self.layout.params.iter().map(|spec| (spec.name.as_str(), spec.group)).collect();
-        let opened = if universal { open_universal(dir, tag) } else { open_any(dir, tag) };
         let opened = opened.and_then(|mut checkpoint| {
             if let Some(checkpoint) = &mut checkpoint {
                 checkpoint.resolve(&trained)?;
@@ -64,7 +60,8 @@ impl Engine {
         }
         if let Some(checkpoint) = &checkpoint {
             let checked = checkpoint.verify_share(group.rank(), group.world());
-            agree(group, "checksums of the checkpoint", checked, |()| Vec::new())?;
+            agree(group, "checksums of the checkpoint", checked, |()| Vec::new())
+                .map_err(EngineError::damaged)?;
         }
         group.set_activity("");
         Ok(checkpoint)
@@ -98,26 +95,6 @@ impl Engine {
         self.discard_gradients();
         group.set_activity("");
         Ok(())
-    }
-
-    /// [`Engine::open_checkpoint`] and [`Engine::load_from`] in one. Collective.
-    ///
-    /// # Errors
-    /// As these.
-    pub fn load_checkpoint(
-        &mut self,
-        dir: &Path,
-        tag: Option<&str>,
-        options: LoadOptions,
-        hypers: &[Hyper],
-        weights: &mut [SpanMut<'_>],
-        frozen: &mut [(String, SpanMut<'_>)],
-    ) -> Result<Option<Box<dyn Source>>, EngineError> {
-        let checkpoint = self.open_checkpoint(dir, tag, false)?;
-        if let Some(checkpoint) = &checkpoint {
-            self.load_from(&**checkpoint, options, hypers, weights, frozen)?;
-        }
-        Ok(checkpoint)
     }
 
     /// Compares the model's parameters with the checkpoint's; the same on every rank.
@@ -212,19 +189,18 @@ impl Engine {
                 let start = fragment.unit_offset - range.start;
                 let part = start..start + fragment.len;
                 let stored = fragment.param_offset..fragment.param_offset + fragment.len;
-                if let Some(master) = &mut shard.master
-                    && checkpoint.dtype(name, kind::MASTER).is_some()
-                {
+                let saved_master = master_kind(checkpoint, name);
+                if let (Some(master), Some(kind)) = (&mut shard.master, saved_master) {
                     let mut target = SpanMut::from(&mut master.as_f32_mut()[part.clone()]);
-                    read_cast(checkpoint, name, kind::MASTER, stored.clone(), &mut target)?;
+                    read_cast(checkpoint, name, kind, stored.clone(), &mut target)?;
                 }
                 for (state, tensor) in names.iter().zip(&mut shard.state) {
                     let mut target = SpanMut::from(&mut tensor.as_f32_mut()[part.clone()]);
                     read_cast(checkpoint, name, state, stored.clone(), &mut target)?;
                 }
                 if let Some(offloaded) = self.offloaded.as_ref().filter(|it| it.holds(unit.id)) {
-                    let master = offloaded.has_master(unit.id).then_some((kind::MASTER, None));
-                    let master = master.filter(|(kind, _)| checkpoint.dtype(name, kind).is_some());
+                    let master = saved_master.filter(|_| offloaded.has_master(unit.id));
+                    let master = master.map(|kind| (kind, None));
                     let states = names.iter().enumerate().map(|(index, name)| (*name, Some(index)));
                     let mut values = vec![0.0f32; fragment.len];
                     for (kind, state) in master.into_iter().chain(states) {
@@ -244,6 +220,12 @@ impl Engine {
 fn weight_kind(checkpoint: &dyn Source, spec: &ParamSpec) -> &'static str {
     let masters = spec.dtype == DType::F32 && checkpoint.dtype(&spec.name, kind::MASTER).is_some();
     if masters { kind::MASTER } else { kind::WEIGHT }
+}
+
+/// Where the fp32 master of a parameter is read from: weights that were saved in fp32 are masters.
+fn master_kind(checkpoint: &dyn Source, name: &str) -> Option<&'static str> {
+    let fp32 = |kind| checkpoint.dtype(name, kind) == Some(DType::F32);
+    [kind::MASTER, kind::WEIGHT].into_iter().find(|kind| fp32(kind))
 }
 
 /// Reads this rank's shards of the weights.
