@@ -244,15 +244,6 @@ class CheckpointMethods:
         saved = self.module.state_dict(keep_vars=True)
         return {name: b.contiguous() for name, b in self.module.named_buffers() if name in saved}
 
-    def _tied_names(self) -> list[tuple[str, str]]:
-        """(other name, name) of parameters and saved buffers that the module has under several names."""
-        parameters = self.module.named_parameters(remove_duplicate=False)
-        saved = self.module.state_dict(keep_vars=True)
-        buffers = [it for it in self.module.named_buffers(remove_duplicate=False) if it[0] in saved]
-        first: dict[int, str] = {}
-        names = [(name, first.setdefault(id(tensor), name)) for name, tensor in [*parameters, *buffers]]
-        return [(other, name) for other, name in names if other != name]
-
     def _load_by_function(self, loaded: LoadedCheckpoint, function: Callable[..., Any]) -> None:
         state = {name: _buffer(loaded, name, shape, dtype) for name, shape, dtype in loaded.buffers()}
         for name, shape, dtype in loaded.weights():
@@ -263,6 +254,14 @@ class CheckpointMethods:
             function(src=state, dst=self.module)
         if self._gather_hooks is None:
             self._native.reload_masters(range(len(self._trained.tensors)))
+    def _tied_names(self) -> list[tuple[str, str]]:
+        """(other name, name) of parameters and saved buffers that the module has under several names."""
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        saved = self.module.state_dict(keep_vars=True)
+        buffers = [it for it in self.module.named_buffers(remove_duplicate=False) if it[0] in saved]
+        first: dict[int, str] = {}
+        names = [(name, first.setdefault(id(tensor), name)) for name, tensor in [*parameters, *buffers]]
+        return [(other, name) for other, name in names if other != name]
 
     def _load_buffers(self, loaded: LoadedCheckpoint, strict: bool) -> None:
         found = {name: (shape, dtype) for name, shape, dtype in loaded.buffers()}

@@ -11,6 +11,8 @@ import os
 import traceback
 
 import torch
+
+import deepspeed
 from original_cases import all_cases, client_state
 from original_model import AFTER, BEFORE, build, client_optimizer, groups, train
 

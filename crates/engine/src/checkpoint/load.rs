@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use deepspeed_checkpoint::{CheckpointError, Source, kind, open_any, open_universal};
+use deepspeed_checkpoint::{CheckpointError, Source, kind};
 use deepspeed_core::{DType, Layout, ParamSpec, Rank, Span, SpanMut};
 use deepspeed_optim::{Hyper, state_names};
 
@@ -23,26 +23,19 @@ pub struct LoadOptions {
 }
 
 impl Engine {
-    /// Opens one checkpoint, whatever its format, and checks its files; with `universal`, the universal one. `tag` is this
-    /// rank's, `None` for what `latest` names, or why it cannot say. Collective.
+    /// Opens one checkpoint and checks its files: `opened` is what this rank found. Collective.
     ///
     /// # Errors
-    /// [`EngineError::Checkpoint`] on every rank if anything failed on any, [`EngineError::DamagedCheckpoint`] if that was
-    /// a checksum; [`EngineError::Usage`] if ranks would load different ones.
-    pub(super) fn open_tag(
+    /// [`EngineError::DamagedCheckpoint`] if a checksum is wrong; as [`Engine::open_checkpoint`].
+    pub(super) fn agree_on_opened(
         &self,
         dir: &Path,
-        tag: Result<Option<String>, CheckpointError>,
-        universal: bool,
+        opened: Result<Option<Box<dyn Source>>, CheckpointError>,
     ) -> Result<Option<Box<dyn Source>>, EngineError> {
         let group = &*self.group;
         group.set_activity("load_checkpoint");
         let trained: Vec<(&str, usize)> =
             self.layout.params.iter().map(|spec| (spec.name.as_str(), spec.group)).collect();
-        let opened = tag.and_then(|tag| {
-            let tag = tag.as_deref();
-            if universal { open_universal(dir, tag) } else { open_any(dir, tag) }
-        });
         let opened = opened.and_then(|mut checkpoint| {
             if let Some(checkpoint) = &mut checkpoint {
                 checkpoint.resolve(&trained)?;
@@ -102,26 +95,6 @@ impl Engine {
         self.discard_gradients();
         group.set_activity("");
         Ok(())
-    }
-
-    /// [`Engine::open_checkpoint`] and [`Engine::load_from`] in one. Collective.
-    ///
-    /// # Errors
-    /// As these.
-    pub fn load_checkpoint(
-        &mut self,
-        dir: &Path,
-        tag: Option<&str>,
-        options: LoadOptions,
-        hypers: &[Hyper],
-        weights: &mut [SpanMut<'_>],
-        frozen: &mut [(String, SpanMut<'_>)],
-    ) -> Result<Option<Box<dyn Source>>, EngineError> {
-        let checkpoint = self.open_checkpoint(dir, tag, false)?;
-        if let Some(checkpoint) = &checkpoint {
-            self.load_from(&**checkpoint, options, hypers, weights, frozen)?;
-        }
-        Ok(checkpoint)
     }
 
     /// Compares the model's parameters with the checkpoint's; the same on every rank.

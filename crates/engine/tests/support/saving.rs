@@ -22,6 +22,7 @@ pub fn save(replica: &mut Replica, dir: &Path, tag: &str) -> Result<Saved, Strin
         exclude_frozen: false,
         tied: &[],
         tensors: &[],
+        tied: &[],
         blobs: &[],
         face: serde_json::json!({ "micro": replica.micro }),
     };
