@@ -22,7 +22,6 @@ pub fn save(replica: &mut Replica, dir: &Path, tag: &str) -> Result<Saved, Strin
         exclude_frozen: false,
         tied: &[],
         tensors: &[],
-        tied: &[],
         blobs: &[],
         face: serde_json::json!({ "micro": replica.micro }),
     };
