@@ -64,6 +64,9 @@ class Config:
     def scheduler_class(self) -> tuple[str, dict[str, Any]] | None:
         """What `scheduler` names as ("module:class", arguments); None where the config has no scheduler."""
 
+    def weights_folder(self) -> Path | None:
+        """The folder in which weights lie while they are not used; None unless offload_param.device is nvme."""
+
     def differences(self) -> str:
         """The settings that differ from their defaults, a line each."""
 
@@ -309,11 +312,24 @@ class Engine:
         group: Group,
         threads: int,
         ranks_per_host: int,
+        device: torch.device | None = None,
+        direct: bool = False,
     ) -> Engine:
         """An engine for `tensors` (parameters as they are before they are cast to `dtypes`), named `names`, in the
         optimizer's parameter groups `groups`. `optimizer` is the kind of an optimizer of ours, `client` the class of one
         that is not. `frozen` are the parameters that are not trained, with the dtype to keep them in, where the stage
-        shards them."""
+        shards them. With `device` parameters and the engine's memory are there; `direct` says that torch.distributed
+        moves its memory itself."""
+
+    def adopt_parameters(self) -> None:
+        """On a device, below stage 3: makes the parameters views of the flat weights."""
+
+    def client_tensors(self) -> list[tuple[int, int, int, torch.Tensor, torch.Tensor]] | None:
+        """On a device that has the state: for a client's optimizer on shards, per fragment of a parameter, its index,
+        first element, number of elements, fp32 gradients and masters. None elsewhere."""
+
+    def own_tensors(self) -> list[torch.Tensor] | None:
+        """On a device, at stage 3: this rank's part of each parameter's weights. None elsewhere."""
 
     def mark(self, phase: Literal["forward", "backward"] | None) -> None:
         """A phase of the step begins, or ends (None)."""
@@ -339,7 +355,10 @@ class Engine:
         the gradients that are expected are all there; else the index of a parameter that lacks one."""
 
     def keeps_weights(self) -> bool:
-        """Whether the engine, not torch, keeps the weights: stage 3."""
+        """Whether parameters are not this rank's own: stage 3."""
+
+    def masters_in_place(self) -> bool:
+        """Whether fp32 parameters are the masters themselves, so that there is nothing else to write."""
 
     def gathers_weights(self) -> bool:
         """Whether torch's parameters are gathered from shards: stage 3 where ranks share no memory."""
@@ -347,6 +366,13 @@ class Engine:
     def shared_weights(self) -> tuple[SharedWeights, list[int | None], list[int | None]] | None:
         """At stage 3 on one host: what keeps the shared weights alive, and the addresses of all parameters, trained and
         frozen, None for those without elements."""
+
+    def units_given_back(self) -> list[tuple[int, int]]:
+        """The units of weights in a file that do not stay in memory between uses, each with its last parameter; frozen
+        parameters are numbered after the trained ones."""
+
+    def give_back_unit(self, unit: int) -> None:
+        """Gives the memory of such a unit back to the system until it is used again."""
 
     def reload_masters(self, indices: Sequence[int]) -> None:
         """Makes the weights of these parameters, as they are now, the fp32 masters."""
@@ -564,10 +590,10 @@ class SharedWeights:
         """Forgets what this rank alone has written to a tensor of a draft."""
 
 def share_draft(
-    group: Group, tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]]
+    group: Group, tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]], folder: Path | None = None
 ) -> tuple[SharedWeights, list[int]]:
     """Moves tensors of a model that is being built, with the dtype to keep them in, into memory that all ranks share,
-    with rank 0's values. Returns what keeps the memory alive and each tensor's address."""
+    with rank 0's values; with a `folder`, into a file there. Returns what keeps the memory alive and each tensor's address."""
 
 @final
 class LoadedCheckpoint:
@@ -637,6 +663,7 @@ def save_checkpoint(
     slices: Sequence[tuple[int, str, int, torch.Tensor]],
     frozen: dict[str, torch.Tensor],
     exclude_frozen: bool,
+    tied: Sequence[tuple[str, str]],
     buffers: dict[str, torch.Tensor],
     blobs: Sequence[tuple[str, bytes]],
     face: str,
@@ -645,6 +672,7 @@ def save_checkpoint(
 
     slices   of a client's optimizer: (index of the parameter, kind such as "exp_avg", first element, values).
     frozen   parameters that are not trained, left out with `exclude_frozen`.
+    tied     other names of parameters and buffers: (other name, name).
     buffers  tensors of any dtype.
     blobs    bytes, each rank its own.
     face     JSON.

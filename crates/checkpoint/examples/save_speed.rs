@@ -153,6 +153,7 @@ fn save(
         stage: 2,
         dtype: DType::BF16,
         params: params.iter().map(ParamRecord::from).collect(),
+        tied: Vec::new(),
         state: serde_json::Value::Null,
         frozen_excluded: false,
     };

@@ -243,7 +243,7 @@ fn remove(disk: &dyn Disk, path: &Path) -> Result<()> {
 }
 
 /// Makes `dir` and the folders above it, each synced into the one above.
-fn create_dirs(disk: &dyn Disk, dir: &Path) -> Result<()> {
+pub(crate) fn create_dirs(disk: &dyn Disk, dir: &Path) -> Result<()> {
     if dir.as_os_str().is_empty() || dir.is_dir() {
         return Ok(());
     }

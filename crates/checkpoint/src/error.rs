@@ -66,6 +66,28 @@ pub enum CheckpointError {
         /// Tags of complete checkpoints, newest first.
         complete: Vec<String>,
     },
+    /// Nothing says which checkpoint of a folder is meant.
+    #[error("{} has no file `latest` to say which checkpoint is meant; {}; name one by its tag", dir.display(), listed(complete))]
+    NoLatest {
+        /// The checkpoint directory.
+        dir: PathBuf,
+        /// Tags of complete checkpoints, newest first.
+        complete: Vec<String>,
+    },
+    /// A result would overwrite what is there.
+    #[error("{} already exists; remove it, choose another place, or ask for it to be overwritten (--overwrite)", path.display())]
+    Exists {
+        /// What is in the way.
+        path: PathBuf,
+    },
+    /// A model or checkpoint cannot be written in the format asked for.
+    #[error("cannot write {what}: {problem}")]
+    Unwritable {
+        /// What was to be written.
+        what: String,
+        /// Why it cannot be.
+        problem: String,
+    },
     /// The folder holds a checkpoint of the original DeepSpeed.
     #[error(
         "{} is a checkpoint of the original DeepSpeed (it holds {example}); reading these is not built yet: export it \

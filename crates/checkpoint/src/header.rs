@@ -45,6 +45,14 @@ pub(crate) fn slice_entry(
 /// # Errors
 /// Two tensors of one name, or more tensors than a header may name.
 pub(crate) fn build(entries: &[Entry]) -> Result<Vec<u8>, String> {
+    build_with(entries, HashMap::new())
+}
+
+/// [`build`] with more texts for the header's metadata.
+pub(crate) fn build_with(
+    entries: &[Entry],
+    mut metadata: HashMap<String, String>,
+) -> Result<Vec<u8>, String> {
     let mut seen = HashSet::new();
     let mut infos = Vec::with_capacity(entries.len());
     let mut offset = 0usize;
@@ -61,7 +69,7 @@ pub(crate) fn build(entries: &[Entry]) -> Result<Vec<u8>, String> {
         infos.push((entry.key.clone(), info));
         offset = end;
     }
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    metadata.insert("format".to_owned(), "pt".to_owned());
     let metadata = Metadata::new(Some(metadata), infos).map_err(|error| error.to_string())?;
     let mut json = serde_json::to_vec(&metadata).map_err(|error| error.to_string())?;
     let padded = (LENGTH_BYTES + json.len()).next_multiple_of(DATA_ALIGN) - LENGTH_BYTES;

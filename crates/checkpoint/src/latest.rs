@@ -245,7 +245,7 @@ fn is_content(error: &io::Error) -> bool {
 }
 
 /// A file by which a checkpoint of the original DeepSpeed is known.
-fn original_file(folder: &Path) -> Option<String> {
+pub(crate) fn original_file(folder: &Path) -> Option<String> {
     let names = fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names.into_iter().find(|name| name.ends_with(".pt") || name == "zero")
 }

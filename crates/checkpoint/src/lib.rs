@@ -43,6 +43,7 @@
 //!     stage: 0,
 //!     dtype: DType::F32,
 //!     params: vec![ParamRecord::from(&spec)],
+//!     tied: vec![],
 //!     state: serde_json::json!({ "global_steps": 1 }),
 //!     frozen_excluded: false,
 //! };
@@ -62,17 +63,25 @@
 
 mod background;
 mod checksum;
+pub mod convert;
 mod coverage;
+pub mod diff;
 pub mod disk;
 mod draft;
 mod element;
 mod error;
+pub mod export;
 mod file_writer;
 mod header;
 mod index;
+pub mod inspect;
 mod latest;
+mod locate;
 mod lock;
 mod manifest;
+mod open;
+mod output;
+mod progress;
 mod reader;
 mod record;
 mod resume;
@@ -80,6 +89,7 @@ mod retention;
 mod snapshot;
 mod source;
 mod tag;
+mod verify;
 mod writer;
 
 pub use background::{BackgroundSave, Commit, Failure, Outcome, Presence, Role, wait_for_all};
@@ -88,7 +98,10 @@ pub use draft::{Draft, draft_folder};
 pub use element::{ElementType, UnknownElementType};
 pub use error::{CheckpointError, Result};
 pub use latest::{CompleteTag, complete_tags};
+pub use locate::Location;
 pub use manifest::{CommitParts, FORMAT_VERSION, Manifest};
+pub use open::open_any;
+pub use progress::{Progress, Silent};
 pub use reader::Checkpoint;
 pub use record::{BlobRecord, FileRecord, ParamRecord, RankRecord, SliceRecord, TensorRecord};
 pub use resume::{Chosen, choose};
@@ -96,6 +109,7 @@ pub use retention::{Retired, retire};
 pub use snapshot::{CopyPair, Snapshot, SnapshotMemory};
 pub use source::{Source, TensorFacts};
 pub use tag::validate_tag;
+pub use verify::verify;
 pub use writer::{RankWriter, SliceSource, TensorSource};
 
 /// Names of what a slice can hold. Other kinds are legal: any text without `/`.

@@ -52,6 +52,9 @@ pub struct Manifest {
     pub chunk_bytes: u64,
     /// The parameters in registration order.
     pub params: Vec<ParamRecord>,
+    /// Other names of parameters and whole tensors: (other name, name under which it is stored).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tied: Vec<(String, String)>,
     /// The files.
     pub files: Vec<FileRecord>,
 }
@@ -88,6 +91,8 @@ pub struct CommitParts {
     pub dtype: DType,
     /// All parameters in registration order, frozen and zero-sized ones included.
     pub params: Vec<ParamRecord>,
+    /// Other names of parameters and whole tensors: (other name, name under which it is stored).
+    pub tied: Vec<(String, String)>,
     /// Whatever the engine needs to continue. JSON has no NaN and no infinity: they would come back as `null`.
     pub state: Value,
     /// Whether weights of frozen parameters are left out on purpose.
@@ -133,6 +138,7 @@ impl Manifest {
             state: parts.state,
             chunk_bytes,
             params: parts.params,
+            tied: parts.tied,
             files,
         };
         manifest.validate()?;
@@ -189,7 +195,23 @@ impl Manifest {
             }
             self.validate_file(file).map_err(|problem| format!("{}: {problem}", file.name))?;
         }
-        coverage::check(&self.params, &self.files, self.frozen_excluded)
+        coverage::check(&self.params, &self.files, self.frozen_excluded)?;
+        self.validate_tied()
+    }
+
+    fn validate_tied(&self) -> Result<(), String> {
+        let tensors = self.files.iter().flat_map(|file| &file.tensors).map(|tensor| tensor.name.as_str());
+        let stored: HashSet<&str> = self.params.iter().map(|it| it.name.as_str()).chain(tensors).collect();
+        let mut others = HashSet::new();
+        for (other, name) in &self.tied {
+            if !stored.contains(name.as_str()) {
+                return Err(format!("`{other}` is another name of `{name}`, which is not there"));
+            }
+            if stored.contains(other.as_str()) || !others.insert(other.as_str()) {
+                return Err(format!("`{other}` is there twice"));
+            }
+        }
+        Ok(())
     }
 
     fn validate_file(&self, file: &FileRecord) -> Result<(), String> {

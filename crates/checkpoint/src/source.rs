@@ -43,7 +43,7 @@ pub trait Source: fmt::Debug + Send + Sync {
     /// The parameter of this name.
     fn param(&self, name: &str) -> Option<&ParamRecord>;
 
-    /// Other names of a parameter's memory: (other name, name in [`Source::params`]).
+    /// Other names of parameters and whole tensors: (other name, name under which it is stored).
     fn tied(&self) -> &[(String, String)];
 
     /// What is stored of a parameter, in alphabetic order.
@@ -128,7 +128,7 @@ impl Source for Checkpoint {
     }
 
     fn tied(&self) -> &[(String, String)] {
-        &[]
+        &self.manifest().tied
     }
 
     fn kinds(&self, name: &str) -> Vec<&str> {

@@ -52,6 +52,7 @@ fn commit(
         stage: 1,
         dtype: DType::F32,
         params: params.to_vec(),
+        tied: Vec::new(),
         state: serde_json::Value::Null,
         frozen_excluded,
     };

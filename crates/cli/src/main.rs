@@ -3,10 +3,12 @@
 //! A word such as `config` is a command only as the first argument, and only where no file of that name lies in the current folder: a
 //! script may have any name.
 
+mod checkpoint_command;
 mod config_command;
 mod memory_command;
 mod output;
 
+use checkpoint_command::CheckpointArgs;
 use clap::Parser;
 use config_command::ConfigArgs;
 use memory_command::MemoryArgs;
@@ -17,7 +19,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// Commands that have a name but no content yet.
-const PLANNED: [&str; 3] = ["checkpoint", "bench", "doctor"];
+const PLANNED: [&str; 2] = ["bench", "doctor"];
 
 /// Checks, explains and describes ds_config.json files, without torch.
 #[derive(Debug, Parser)]
@@ -25,6 +27,14 @@ const PLANNED: [&str; 3] = ["checkpoint", "bench", "doctor"];
 struct ConfigCommand {
     #[command(flatten)]
     args: ConfigArgs,
+}
+
+/// Looks into checkpoints, checks them, compares, converts and exports them, without torch.
+#[derive(Debug, Parser)]
+#[command(name = "deepspeed checkpoint", bin_name = "deepspeed checkpoint", version)]
+struct CheckpointCommand {
+    #[command(flatten)]
+    args: CheckpointArgs,
 }
 
 /// Plans the memory of a run: bytes by kind, per rank and per host, against what this host has free. Exits with 1 where it
@@ -47,6 +57,10 @@ fn main() -> ExitCode {
         Some("memory") => {
             let command = MemoryCommand::parse_from(args.into_iter().skip(1));
             memory_command::run(&command.args)
+        }
+        Some("checkpoint") => {
+            let command = CheckpointCommand::parse_from(args.into_iter().skip(1));
+            checkpoint_command::run(&command.args)
         }
         Some(word) if PLANNED.contains(&word) => {
             fail(&format!("the command `{word}` is not built yet (and there is no script of that name here)"))

@@ -82,5 +82,5 @@ pub use pieces::BLOCK;
 pub use region::{Access, Region};
 pub use segment::{MAX_WORLD, Segment};
 pub use shared::{Interrupt, Options, SharedMemory, threads};
-pub use shared_units::SharedUnits;
+pub use shared_units::{SharedUnits, UnitPages};
 pub use solo::Solo;

@@ -19,6 +19,24 @@ struct Place {
     shard_len: usize,
 }
 
+/// The pages of one unit, which can be given back to the system while somebody holds the unit's weights.
+#[derive(Clone, Debug)]
+pub struct UnitPages {
+    region: Arc<Region>,
+    offset: usize,
+    len: usize,
+}
+
+impl UnitPages {
+    /// Gives the memory of a unit that lies in a file back to the system: it is read again when it is used.
+    ///
+    /// # Errors
+    /// As [`Region::drop_pages`].
+    pub fn give_back(&self) -> Result<(), CommError> {
+        self.region.drop_pages(self.offset, self.len)
+    }
+}
+
 /// The weights of the units of a [`Layout`], one copy for all ranks of a host.
 ///
 /// A rank holds the only handle through which its own shards can be written (COMM-10).
@@ -80,6 +98,12 @@ impl SharedUnits {
             unsafe { region.span_mut(start, place.shard_len, place.dtype) }
         };
         places.iter().map(span).collect()
+    }
+
+    /// The pages of a unit.
+    pub fn pages(&self, unit: &Unit) -> UnitPages {
+        let len = (unit.len() * unit.dtype.size()).next_multiple_of(PAGE);
+        UnitPages { region: Arc::clone(&self.region), offset: self.places[unit.id.index()].offset, len }
     }
 
     fn start(&self, unit: &Unit) -> usize {

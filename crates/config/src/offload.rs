@@ -72,7 +72,7 @@ pub struct OffloadParamConfig {
     pub buffer_count: usize,
     /// As given; no effect.
     pub buffer_size: usize,
-    /// As given; no effect.
+    /// Elements of a rank's part that stay in the host's memory with nvme.
     pub max_in_cpu: usize,
     /// Use pinned host memory where there is an accelerator.
     pub pin_memory: bool,

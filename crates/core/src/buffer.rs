@@ -7,7 +7,7 @@ use std::{
     ptr::NonNull,
 };
 
-use memmap2::MmapMut;
+use memmap2::{MmapMut, UncheckedAdvice};
 
 use crate::{DType, Span, SpanMut};
 
@@ -32,10 +32,7 @@ pub struct AlignedBuffer {
 enum Memory {
     Nothing,
     Heap(Allocation),
-    /// Never read: kept to be unmapped.
-    Mapped {
-        _map: MmapMut,
-    },
+    Mapped(MmapMut),
 }
 
 // SAFETY: the buffer owns its memory exclusively and holds plain numbers.
@@ -61,7 +58,7 @@ impl AlignedBuffer {
         if bytes >= MAP_FROM {
             let Ok(mut map) = MmapMut::map_anon(bytes) else { handle_alloc_error(allocation) };
             let ptr = NonNull::new(map.as_mut_ptr()).expect("invariant: a mapping is not at address 0");
-            return Self { ptr, len, dtype, memory: Memory::Mapped { _map: map } };
+            return Self { ptr, len, dtype, memory: Memory::Mapped(map) };
         }
         // SAFETY: the size is not zero.
         let ptr = unsafe { alloc_zeroed(allocation) };
@@ -94,6 +91,18 @@ impl AlignedBuffer {
     pub fn span_mut(&mut self) -> SpanMut<'_> {
         // SAFETY: as in `span`, and `&mut self` is exclusive.
         unsafe { SpanMut::from_raw(self.ptr.as_ptr(), self.len, self.dtype) }
+    }
+
+    /// Makes all elements zero, and gives the memory back to the system until it is written again (from a mebibyte on).
+    pub fn give_back(&mut self) {
+        if let Memory::Mapped(map) = &self.memory {
+            // SAFETY: the mapping is private and anonymous, so that its pages read as zeros afterwards, which is a valid
+            // number of each dtype; `&mut self` says that nobody holds a span.
+            if unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) }.is_ok() {
+                return;
+            }
+        }
+        self.span_mut().as_bytes_mut().fill(0);
     }
 
     /// The elements as `f32`.
@@ -142,6 +151,18 @@ mod tests {
             assert!(buffer.as_f32().iter().all(|x| *x == 0.0));
             buffer.as_f32_mut()[len - 1] = 1.0;
             assert_eq!(buffer.as_f32()[len - 1], 1.0);
+        }
+    }
+
+    #[test]
+    fn is_zero_again_after_its_memory_was_given_back() {
+        for len in [1000, MAP_FROM] {
+            let mut buffer = AlignedBuffer::zeroed(len, DType::F32);
+            buffer.as_f32_mut().fill(1.0);
+            buffer.give_back();
+            assert!(buffer.as_f32().iter().all(|x| *x == 0.0));
+            buffer.as_f32_mut()[len - 1] = 2.0;
+            assert_eq!(buffer.as_f32()[len - 1], 2.0);
         }
     }
 

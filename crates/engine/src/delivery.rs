@@ -1,7 +1,9 @@
 //! Which parameters ever got a gradient: a parameter that never does is a defect worth a name.
 
 use deepspeed_comm::{CommError, Group};
-use deepspeed_core::{Layout, ParamId, Span};
+use deepspeed_core::{Layout, ParamId};
+
+use crate::Gradients;
 
 /// Remembers which parameters delivered a gradient on this rank: until the first boundary, and in the last pass.
 #[derive(Debug)]
@@ -24,9 +26,17 @@ impl Delivery {
         }
     }
 
-    pub(crate) fn record(&mut self, gradients: &[Option<Span<'_>>]) {
-        for (delivered, gradient) in self.this_pass.iter_mut().zip(gradients) {
-            *delivered |= gradient.is_some();
+    /// Of which parameters there is a gradient now.
+    pub(crate) fn record(&mut self, gradients: Gradients<'_, '_>) {
+        match gradients {
+            Gradients::Spans(spans) => self.record_each(spans.iter().map(Option::is_some)),
+            Gradients::OnDevice(present) => self.record_each(present.iter().copied()),
+        }
+    }
+
+    fn record_each(&mut self, present: impl Iterator<Item = bool>) {
+        for (delivered, now) in self.this_pass.iter_mut().zip(present) {
+            *delivered |= now;
         }
     }
 

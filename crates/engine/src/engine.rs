@@ -4,23 +4,23 @@ use std::{sync::Arc, time::Instant};
 
 use deepspeed_checkpoint::Chosen;
 use deepspeed_comm::{CommError, Group};
-use deepspeed_core::{Layout, ParamSpec, SpanMut};
+use deepspeed_core::{Layout, ParamSpec, SpanMut, UnitId};
 use deepspeed_kernels::parallel::Workers;
 use deepspeed_monitor::{Counters, Phase, StepLine, Stopwatch};
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
 use deepspeed_zero::{
-    AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, ReductionOrder, Residency,
-    ShardUpdate, UnitShard, Weights, gather_gradients, publish,
+    AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, Publication, ReductionOrder,
+    Residency, ShardUpdate, UnitShard, Weights, gather_gradients,
 };
 
 use crate::{
-    Accumulation, Decision, EngineError, Settings,
+    Accumulation, Decision, Device, EngineError, Settings,
     checkpoint::{Memory, Saving},
     client::{check_client, check_offload},
     decide,
     delivery::Delivery,
     nonfinite,
-    sharded_weights::{ShardedWeights, Shards},
+    sharded_weights::{ShardedWeights, Shards, give_back},
     update::{ElementWise, Lamb},
 };
 
@@ -87,8 +87,12 @@ pub struct Engine {
     pub(crate) states: usize,
     /// Masters and optimizer state of the first units, where they lie on a disk.
     pub(crate) offloaded: Option<OffloadedState>,
-    /// The weights, at stage 3.
+    /// The weights, at stage 3, and this rank's shards of them wherever there is a device.
     pub(crate) weights: Option<ShardedWeights>,
+    /// What computes, where that is not the host.
+    pub(crate) device: Option<Arc<dyn Device>>,
+    /// Whether masters and optimizer state lie on the device.
+    pub(crate) state_on_device: bool,
     pub(crate) scaler: LossScaler,
     pub(crate) counters: Counters,
     pub(crate) accumulation: Accumulation,
@@ -146,6 +150,24 @@ impl Engine {
         scaler: LossScaler,
         group: Arc<dyn Group>,
     ) -> Result<Self, EngineError> {
+        Self::on(None, settings, params, frozen, optimizer, hypers, scaler, group)
+    }
+
+    /// An engine whose gradients, weights and, unless the settings keep them on the host, masters and optimizer state lie
+    /// on `device`, if there is one; else as [`Engine::new`]. [`Engine::lay_out_device`] takes the device's memory.
+    ///
+    /// # Errors
+    /// As [`Engine::new`]; [`EngineError::Device`].
+    pub fn on(
+        device: Option<Arc<dyn Device>>,
+        settings: Settings,
+        params: Vec<ParamSpec>,
+        frozen: Vec<ParamSpec>,
+        optimizer: OptimizerChoice,
+        hypers: &[Hyper],
+        scaler: LossScaler,
+        group: Arc<dyn Group>,
+    ) -> Result<Self, EngineError> {
         let layout = Layout::new(params, group.world(), settings.unit_len)?;
         let native = matches!(optimizer, OptimizerChoice::Native(_));
         let states = match &optimizer {
@@ -172,7 +194,17 @@ impl Engine {
                 Some(OffloadedState::create(&offload.plan(), &layout, states)?)
             }
         };
+        let state_on_device = device.is_some() && !settings.state_on_host;
         let weights = match policy.weights {
+            _ if device.is_some() => {
+                let frozen_layout = Layout::new(frozen, group.world(), settings.unit_len)?;
+                Some(ShardedWeights {
+                    trained: Shards::private(&layout, !state_on_device),
+                    frozen: Shards::private(&frozen_layout, !state_on_device),
+                    frozen_layout,
+                    pages: Vec::new(),
+                })
+            }
             Residency::Whole => None,
             Residency::Shard => {
                 let folder = settings.weights_folder.as_deref();
@@ -187,23 +219,23 @@ impl Engine {
                     )));
                 }
                 let frozen_layout = Layout::new(frozen, group.world(), settings.unit_len)?;
-                Some(ShardedWeights {
-                    trained: Shards::new(&*group, "weights", &layout, folder)?,
-                    frozen: Shards::new(&*group, "frozen weights", &frozen_layout, folder)?,
-                    frozen_layout,
-                })
+                let kept = settings.weights_in_memory.saturating_mul(group.world());
+                Some(ShardedWeights::new(&*group, &layout, frozen_layout, folder, kept)?)
             }
         };
         let mut engine = Self {
             policy,
             optimizer,
             weights,
+            device,
+            state_on_device,
             order: ReductionOrder::new(layout.units.len()),
             reduced: vec![false; layout.units.len()],
             shards: layout
                 .units
                 .iter()
                 .map(|unit| match &offloaded {
+                    _ if state_on_device => UnitShard::elsewhere(),
                     Some(offloaded) if offloaded.holds(unit.id) => UnitShard::of_gradients(unit),
                     _ => UnitShard::new(unit, states),
                 })
@@ -332,6 +364,11 @@ impl Engine {
 
     /// The sum over ranks, in rank order, of the squared gradients of their shards.
     fn vote(&mut self) -> Result<f64, EngineError> {
+        if let Some(device) = &self.device {
+            for (shard, square_sum) in self.shards.iter_mut().zip(device.square_sums()?) {
+                shard.square_sum = square_sum;
+            }
+        }
         let mine: f64 = self.shards.iter().map(|shard| shard.square_sum).sum();
         let mut message = mine.to_le_bytes().to_vec();
         // The ranks learn here, and all at once, that a save behind training is over.
@@ -354,8 +391,13 @@ impl Engine {
         Ok(total)
     }
 
-    fn describe_non_finite(&self) -> Result<String, EngineError> {
-        let found = nonfinite::find(&self.layout, &self.shards, &*self.group)?;
+    fn describe_non_finite(&mut self) -> Result<String, EngineError> {
+        self.fetch_non_finite()?;
+        // Gradients that a device has computed wait there, not on the disk.
+        let offloaded = self.offloaded.as_ref().filter(|_| self.device.is_none());
+        let found = nonfinite::find(&self.layout, &self.shards, offloaded, &*self.group);
+        self.leave_host();
+        let found = found?;
         Ok(found.map_or_else(|| "the sum of squared gradients is not finite".to_owned(), |it| it.to_string()))
     }
 
@@ -378,6 +420,11 @@ impl Engine {
             return Err(EngineError::Count { what: "parameter groups", got: hypers.len(), expected: groups });
         }
         let step = self.counters.optimizer_steps + 1;
+        if let (Some(device), true) = (&self.device, self.state_on_device) {
+            device.update(&self.layout, hypers, step, grad_scale)?;
+            return Ok(device.publish()?);
+        }
+        self.fetch_gradients()?;
         if kind.is_elementwise() {
             return self.publish(weights, |_, _| Ok(ElementWise { hypers, step, grad_scale }));
         }
@@ -397,19 +444,24 @@ impl Engine {
         }
         let (group, layout) = (&*self.group, &*self.layout);
         let keeps_weights = self.weights.is_some();
-        let mut spans: Vec<SpanMut<'_>> = match &mut self.weights {
-            Some(sharded) => sharded.trained.own_mut(),
-            None => weights.iter_mut().map(SpanMut::reborrow).collect(),
+        let (mut spans, pages): (Vec<SpanMut<'_>>, &[_]) = match &mut self.weights {
+            Some(ShardedWeights { trained, pages, .. }) => (trained.own_mut(), pages),
+            None => (weights.iter_mut().map(SpanMut::reborrow).collect(), &[]),
         };
         let mut target = if keeps_weights { Weights::Shards(&mut spans) } else { Weights::Whole(&mut spans) };
         let update = update(UpdateParts { layout, shards: &mut self.shards, group }, &mut target)?;
         let offloaded = self.offloaded.as_mut();
-        publish(group, layout, &mut self.shards, offloaded, &mut target, &update, &self.workers)?;
+        let updated = |unit: UnitId| give_back(pages, unit.index());
+        Publication { group, layout, update: &update, workers: &self.workers, updated: &updated }.publish(
+            &mut self.shards,
+            offloaded,
+            &mut target,
+        )?;
+        if self.device.is_some() {
+            return self.weights_to_device();
+        }
         if keeps_weights {
             group.barrier("the updated weights")?;
-        }
-        if let Some(weights) = &self.weights {
-            weights.give_back_pages()?;
         }
         Ok(())
     }
@@ -429,12 +481,20 @@ impl Engine {
     }
 
     /// For a client's optimizer at stages 1 and 2: unscales and clips the shards' gradients where they lie.
-    pub fn scale_gradients(&mut self, grad_scale: f32) {
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    pub fn scale_gradients(&mut self, grad_scale: f32) -> Result<(), EngineError> {
+        if let (Some(device), true) = (&self.device, self.state_on_device) {
+            return Ok(device.scale_gradients(grad_scale)?);
+        }
+        self.fetch_gradients()?;
         if grad_scale != 1.0 {
             for shard in &mut self.shards {
                 deepspeed_kernels::scale_in_place(shard.gradient.as_f32_mut(), grad_scale);
             }
         }
+        Ok(())
     }
 
     /// After a client's optimizer has updated the masters of the shards: everybody's `weights` follow.
@@ -442,6 +502,9 @@ impl Engine {
     /// # Errors
     /// As [`Engine::apply_native`].
     pub fn publish_client(&mut self, weights: &mut [SpanMut<'_>]) -> Result<(), EngineError> {
+        if let (Some(device), true) = (&self.device, self.state_on_device) {
+            return Ok(device.publish()?);
+        }
         self.publish(weights, |_, _| Ok(AlreadyUpdated))
     }
 

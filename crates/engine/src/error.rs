@@ -16,6 +16,9 @@ pub enum EngineError {
     /// State on a disk could not be read or written.
     #[error(transparent)]
     Offload(#[from] OffloadError),
+    /// The accelerator, or the framework that works on it, failed.
+    #[error(transparent)]
+    Device(#[from] crate::DeviceError),
     /// A checkpoint could not be read, said by the rank that could not.
     #[error(transparent)]
     Read(#[from] CheckpointError),

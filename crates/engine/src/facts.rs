@@ -8,7 +8,10 @@ use deepspeed_monitor::Counters;
 use deepspeed_optim::LossScaler;
 use deepspeed_zero::{OffloadedState, Residency, UnitShard};
 
-use crate::{Accumulation, Engine, EngineError, Settings, sharded_weights::Shards};
+use crate::{
+    Accumulation, Device, Engine, EngineError, Settings,
+    sharded_weights::{Shards, give_back},
+};
 
 /// Where each parameter lies in the framework's view of the shared weights; no address for one without elements.
 #[derive(Clone, Debug)]
@@ -115,7 +118,7 @@ impl Engine {
             self.group.world(),
             self.resident_bytes() as f64 / f64::from(1 << 20),
             if self.weights.is_some() { "weights, " } else { "" },
-        )
+        ) + &self.device.as_ref().map_or_else(String::new, |device| format!(", on {}", device.name()))
     }
 
     /// Where state lies that is on a disk, and how it moves, in one line.
@@ -137,6 +140,27 @@ impl Engine {
     /// Whether a client's optimizer works on whole parameters rather than shards.
     pub fn client_sees_whole(&self) -> bool {
         self.policy.state == Residency::Whole
+    }
+
+    /// The units of weights in a file that do not stay in memory between uses, trained ones first, each with its last
+    /// parameter: when that was used, the unit can be given back. Frozen parameters are numbered after the trained ones.
+    pub fn units_given_back(&self) -> Vec<(usize, usize)> {
+        let Some(weights) = &self.weights else { return Vec::new() };
+        let trained = self.layout.units.iter().map(|unit| (0, unit));
+        let frozen = weights.frozen_layout.units.iter().map(|unit| (self.layout.params.len(), unit));
+        let last = |(first, unit): (usize, &Unit)| Some(first + unit.slots.last()?.param.index());
+        let units = trained.chain(frozen).enumerate().zip(&weights.pages);
+        let leaving = units.filter(|(_, pages)| pages.is_some());
+        leaving.filter_map(|((number, unit), _)| Some((number, last(unit)?))).collect()
+    }
+
+    /// Gives the memory of a unit that [`Engine::units_given_back`] names back to the system until it is used again; of
+    /// another unit, nothing.
+    ///
+    /// # Errors
+    /// [`EngineError::Comm`] where the system refuses.
+    pub fn give_back_unit(&self, unit: usize) -> Result<(), EngineError> {
+        Ok(self.weights.as_ref().map_or(Ok(()), |weights| give_back(&weights.pages, unit))?)
     }
 
     /// For a client's optimizer on shards, per unit: gradient and master of this rank's shard; no master where the
@@ -183,9 +207,24 @@ impl Engine {
         self.states
     }
 
-    /// Whether the engine, not the framework, keeps the weights: stage 3.
+    /// Whether the engine, not the framework, keeps the weights: stage 3, and wherever there is a device.
     pub fn keeps_weights(&self) -> bool {
         self.weights.is_some()
+    }
+
+    /// Whether parameters are whole at all times: below stage 3.
+    pub fn weights_are_whole(&self) -> bool {
+        self.policy.weights == Residency::Whole
+    }
+
+    /// What computes, where that is not the host.
+    pub fn device(&self) -> Option<&Arc<dyn Device>> {
+        self.device.as_ref()
+    }
+
+    /// Whether masters and optimizer state lie on the device.
+    pub fn state_on_device(&self) -> bool {
+        self.state_on_device
     }
 
     /// For each unit, its parameters.
@@ -194,17 +233,26 @@ impl Engine {
         self.layout.units.iter().map(params).collect()
     }
 
-    /// Bytes this rank keeps between steps: gradient shards, masters, optimizer state, and at stage 3 its shards of the
-    /// weights, which below it are the framework's.
+    /// Bytes of memory this rank keeps between steps: gradient shards, masters, optimizer state, what streams them where they
+    /// lie on a disk, and at stage 3 its shards of the weights, which below it are the framework's.
     pub fn resident_bytes(&self) -> usize {
         let weights = self.weights.as_ref().map_or(0, |weights| {
             weights.trained.bytes(&self.layout) + weights.frozen.bytes(&weights.frozen_layout)
         });
-        let numel = |buffers: &UnitShard| {
+        let numel = |(unit, buffers): (&Unit, &UnitShard)| {
+            let parked = self.offloaded.as_ref().is_some_and(|offloaded| offloaded.holds(unit.id));
+            let gradient = if parked { 0 } else { buffers.gradient.len() };
             let state: usize = buffers.state.iter().map(AlignedBuffer::len).sum();
-            buffers.gradient.len() + buffers.master.as_ref().map_or(0, AlignedBuffer::len) + state
+            gradient + buffers.master.as_ref().map_or(0, AlignedBuffer::len) + state
         };
+        if self.state_on_device {
+            let masters = |unit: &Unit| usize::from(unit.dtype != DType::F32);
+            let parts = |unit: &Unit| unit.shard_len * (1 + masters(unit) + self.states);
+            return self.layout.units.iter().map(parts).sum::<usize>() * DType::F32.size() + weights;
+        }
         let buffers = self.offloaded.as_ref().map_or(0, OffloadedState::buffer_bytes);
-        self.shards.iter().map(numel).sum::<usize>() * DType::F32.size() + weights + buffers
+        self.layout.units.iter().zip(&self.shards).map(numel).sum::<usize>() * DType::F32.size()
+            + weights
+            + buffers
     }
 }

@@ -19,6 +19,8 @@ pub struct GatheredUnit {
     pub facts: UnitFacts,
     /// The dtype of all its parameters.
     pub dtype: DType,
+    /// Its elements with padding: those of all ranks' shards.
+    pub padded: usize,
     /// Parameter, its first element inside the unit, number of elements; in order, without gaps.
     pub slots: Vec<(usize, usize, usize)>,
 }
@@ -29,7 +31,8 @@ pub type OwnPart = (usize, usize);
 impl Engine {
     /// Whether whoever computes gathers units first: stage 3 without shared memory.
     pub fn gathers_weights(&self) -> bool {
-        self.weights.as_ref().is_some_and(|weights| weights.trained.shared().is_none())
+        let private = self.weights.as_ref().is_some_and(|weights| weights.trained.shared().is_none());
+        private && !self.weights_are_whole()
     }
 
     /// The units, in their common numbering.
@@ -140,7 +143,7 @@ impl Engine {
             for (layout, shards, first) in
                 [(&*self.layout, &weights.trained, 0), (&weights.frozen_layout, &weights.frozen, frozen)]
             {
-                for unit in &layout.units {
+                for unit in layout.units.iter().filter(|_| self.device.is_none()) {
                     let start = shards.own(unit).as_bytes().as_ptr() as usize;
                     let shard = unit.shard(rank);
                     for fragment in unit.fragments(shard.clone()) {
@@ -154,7 +157,7 @@ impl Engine {
     }
 
     fn sharded(&self) -> Result<&ShardedWeights, EngineError> {
-        let weights = self.weights.as_ref().filter(|_| self.gathers_weights());
+        let weights = self.weights.as_ref().filter(|_| self.gathers_weights() || self.device.is_some());
         weights.ok_or_else(|| {
             EngineError::Usage(
                 "weights are gathered only at stage 3 and where ranks share no memory".to_owned(),
@@ -170,6 +173,7 @@ fn gathered_unit(layout: &Layout, unit: &Unit, first_param: usize, trained: bool
         name: unit_name(layout, unit),
         facts: UnitFacts { elements: unit.filled, largest_param, trained },
         dtype: unit.dtype,
+        padded: unit.len(),
         slots: slots.collect(),
     }
 }

@@ -11,10 +11,44 @@ use deepspeed_core::{AlignedBuffer, DType, Layout, ParamId, Span, Unit, UnitId};
 use deepspeed_monitor::Phase;
 use deepspeed_zero::{ReduceAt, reduce_unit, unit_name};
 
-use crate::{Engine, EngineError, engine::check_length};
+use crate::{Engine, EngineError, Source, engine::check_length};
 
-/// Gradients by parameter id.
-type Gradients<'g, 'a> = &'g [Option<Span<'a>>];
+/// The gradients of a backward pass, by parameter id.
+#[derive(Clone, Copy, Debug)]
+pub enum Gradients<'g, 'a> {
+    /// In the host's memory.
+    Spans(&'g [Option<Span<'a>>]),
+    /// On the engine's device, which knows where: whether there is one.
+    OnDevice(&'g [bool]),
+}
+
+impl<'g, 'a> From<&'g [Option<Span<'a>>]> for Gradients<'g, 'a> {
+    fn from(spans: &'g [Option<Span<'a>>]) -> Self {
+        Self::Spans(spans)
+    }
+}
+
+impl<'g, 'a> From<&'g Vec<Option<Span<'a>>>> for Gradients<'g, 'a> {
+    fn from(spans: &'g Vec<Option<Span<'a>>>) -> Self {
+        Self::Spans(spans)
+    }
+}
+
+impl Gradients<'_, '_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Spans(spans) => spans.len(),
+            Self::OnDevice(present) => present.len(),
+        }
+    }
+
+    fn has(&self, param: ParamId) -> bool {
+        match self {
+            Self::Spans(spans) => spans[param.index()].is_some(),
+            Self::OnDevice(present) => present[param.index()],
+        }
+    }
+}
 
 impl Engine {
     /// Whether this pass reduces units as they become complete. If not, there is nothing to tell before its end.
@@ -43,12 +77,13 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Engine::end_backward`].
-    pub fn reduce_units(
+    pub fn reduce_units<'g, 'a: 'g>(
         &mut self,
         units: &[UnitId],
-        gradients: Gradients<'_, '_>,
+        gradients: impl std::convert::Into<Gradients<'g, 'a>>,
         factor: f32,
     ) -> Result<(), EngineError> {
+        let gradients = gradients.into();
         self.check_gradients(gradients)?;
         self.mark(Some(Phase::Reduce));
         self.delivery.record(gradients);
@@ -64,7 +99,12 @@ impl Engine {
     ///
     /// # Errors
     /// [`EngineError::Comm`], or a gradient that does not fit its parameter.
-    pub fn end_backward(&mut self, gradients: Gradients<'_, '_>, factor: f32) -> Result<(), EngineError> {
+    pub fn end_backward<'g, 'a: 'g>(
+        &mut self,
+        gradients: impl std::convert::Into<Gradients<'g, 'a>>,
+        factor: f32,
+    ) -> Result<(), EngineError> {
+        let gradients = gradients.into();
         self.check_gradients(gradients)?;
         self.mark(Some(Phase::Reduce));
         self.delivery.record(gradients);
@@ -76,15 +116,9 @@ impl Engine {
             let units = self.order.finish();
             self.reduce(&units, gradients, factor)?;
         } else {
-            let scaled = Scaled::new(&self.layout, None, gradients, factor);
-            self.accumulator.add(&self.layout, &scaled.spans(gradients));
+            self.accumulate(gradients, factor)?;
             if boundary {
-                let accumulator = std::mem::take(&mut self.accumulator);
-                let units = self.order.finish();
-                let reduced = self.reduce_pieces(&units, |layout, unit| accumulator.pieces(layout, unit.id));
-                self.accumulator = accumulator;
-                self.accumulator.clear();
-                reduced?;
+                self.reduce_accumulated()?;
             }
         }
         self.mark(None);
@@ -95,8 +129,7 @@ impl Engine {
     /// backward passes of one step reach (reentrant activation checkpointing of a tied weight), say.
     fn end_early_reduction(&mut self, gradients: Gradients<'_, '_>, factor: f32) -> Result<(), EngineError> {
         let layout = Arc::clone(&self.layout);
-        let has_gradient =
-            |unit: &Unit| unit.slots.iter().any(|slot| gradients[slot.param.index()].is_some());
+        let has_gradient = |unit: &Unit| unit.slots.iter().any(|slot| gradients.has(slot.param));
         let begun = self.order.has_begun();
         let late: Vec<u8> = layout
             .units
@@ -119,25 +152,65 @@ impl Engine {
             return Ok(());
         }
         // What this rank has just reduced with the rest must not count twice.
-        let only_late: Vec<Option<Span<'_>>> = {
-            let mut spans = vec![None; gradients.len()];
-            let own = units.iter().filter(|unit| mine.get(unit.index()) == Some(&1));
-            for slot in own.flat_map(|unit| &layout.units[unit.index()].slots) {
-                spans[slot.param.index()] = gradients[slot.param.index()];
+        let mut is_late = vec![false; gradients.len()];
+        let own = units.iter().filter(|unit| mine.get(unit.index()) == Some(&1));
+        for slot in own.flat_map(|unit| &layout.units[unit.index()].slots) {
+            is_late[slot.param.index()] = gradients.has(slot.param);
+        }
+        match gradients {
+            Gradients::OnDevice(_) => self.reduce(&units, Gradients::OnDevice(&is_late), factor),
+            Gradients::Spans(spans) => {
+                let only_late: Vec<Option<Span<'_>>> =
+                    spans.iter().zip(&is_late).map(|(span, late)| span.filter(|_| *late)).collect();
+                self.reduce(&units, Gradients::Spans(&only_late), factor)
             }
-            spans
-        };
-        self.reduce(&units, &only_late, factor)
+        }
     }
 
     fn check_gradients(&self, gradients: Gradients<'_, '_>) -> Result<(), EngineError> {
         self.check_count("gradients", gradients.len(), self.layout.params.len())?;
-        for (spec, gradient) in self.layout.params.iter().zip(gradients) {
-            if let Some(gradient) = gradient {
-                check_length("gradient", spec, gradient.len())?;
+        if let Gradients::Spans(spans) = gradients {
+            for (spec, gradient) in self.layout.params.iter().zip(spans) {
+                if let Some(gradient) = gradient {
+                    check_length("gradient", spec, gradient.len())?;
+                }
             }
         }
+        if matches!(gradients, Gradients::OnDevice(_)) == self.device.is_some() {
+            return Ok(());
+        }
+        Err(EngineError::Usage("gradients are not where this engine computes".to_owned()))
+    }
+
+    /// Adds gradients to this rank's own sum.
+    fn accumulate(&mut self, gradients: Gradients<'_, '_>, factor: f32) -> Result<(), EngineError> {
+        match (gradients, &self.device) {
+            (Gradients::OnDevice(present), Some(device)) => {
+                device.accumulate(&self.layout, present, factor, !self.accumulator.is_filled())?;
+                self.accumulator.mark_filled();
+            }
+            (Gradients::Spans(spans), _) => {
+                let scaled = Scaled::new(&self.layout, None, spans, factor);
+                self.accumulator.add(&self.layout, &scaled.spans(spans));
+            }
+            (Gradients::OnDevice(_), None) => {}
+        }
         Ok(())
+    }
+
+    /// Reduces this rank's own sum.
+    fn reduce_accumulated(&mut self) -> Result<(), EngineError> {
+        let units = self.order.finish();
+        let reduced = if self.device.is_some() {
+            self.reduce_on_device(&units, Source::Accumulated)
+        } else {
+            let accumulator = std::mem::take(&mut self.accumulator);
+            let reduced = self.reduce_pieces(&units, |layout, unit| accumulator.pieces(layout, unit.id));
+            self.accumulator = accumulator;
+            reduced
+        };
+        self.accumulator.clear();
+        reduced
     }
 
     fn reduce(
@@ -146,9 +219,25 @@ impl Engine {
         gradients: Gradients<'_, '_>,
         factor: f32,
     ) -> Result<(), EngineError> {
-        let scaled = Scaled::new(&self.layout, Some(units), gradients, factor);
-        let spans = scaled.spans(gradients);
-        self.reduce_pieces(units, |_, unit| pieces(unit, &spans, factor != 1.0))
+        match gradients {
+            Gradients::OnDevice(present) => self.reduce_on_device(units, Source::Given { present, factor }),
+            Gradients::Spans(gradients) => {
+                let scaled = Scaled::new(&self.layout, Some(units), gradients, factor);
+                let spans = scaled.spans(gradients);
+                self.reduce_pieces(units, |_, unit| pieces(unit, &spans, factor != 1.0))
+            }
+        }
+    }
+
+    fn reduce_on_device(&mut self, units: &[UnitId], source: Source<'_>) -> Result<(), EngineError> {
+        let Some(device) = &self.device else { return Ok(()) };
+        for id in units {
+            let unit = &self.layout.units[id.index()];
+            let into = if self.reduced[id.index()] { Into::Add } else { Into::Store };
+            device.reduce(unit, &unit_name(&self.layout, unit), source, &self.exchange, into)?;
+            self.reduced[id.index()] = true;
+        }
+        Ok(())
     }
 
     fn reduce_pieces<'a>(
@@ -161,9 +250,18 @@ impl Engine {
             let unit = &layout.units[id.index()];
             let into = if self.reduced[id.index()] { Into::Add } else { Into::Store };
             let shard = &mut self.shards[id.index()];
+            let parked = self.offloaded.as_ref().filter(|offloaded| offloaded.holds(*id));
+            if let (Some(offloaded), Into::Add) = (parked, into) {
+                offloaded.read_gradient(*id, 0, shard.gradient.span_mut())?;
+            }
             let what = unit_name(&layout, unit);
             reduce_unit(&*self.group, &what, unit, &pieces(&layout, unit), &self.exchange, shard, into)?;
+            if let Some(offloaded) = parked {
+                offloaded.park_gradient(*id, &mut shard.gradient)?;
+            }
             self.reduced[id.index()] = true;
+            // Backward is done with it.
+            self.give_back_unit(id.index())?;
         }
         Ok(())
     }
@@ -174,7 +272,7 @@ struct Scaled(Vec<Option<AlignedBuffer>>);
 
 impl Scaled {
     /// Copies the gradients of `units` (of all, with `None`).
-    fn new(layout: &Layout, units: Option<&[UnitId]>, gradients: Gradients<'_, '_>, factor: f32) -> Self {
+    fn new(layout: &Layout, units: Option<&[UnitId]>, gradients: &[Option<Span<'_>>], factor: f32) -> Self {
         if factor == 1.0 {
             return Self(Vec::new());
         }
@@ -193,7 +291,7 @@ impl Scaled {
     }
 
     /// The copies, or the originals where there are none.
-    fn spans<'a>(&'a self, originals: Gradients<'_, 'a>) -> Vec<Option<Span<'a>>> {
+    fn spans<'a>(&'a self, originals: &[Option<Span<'a>>]) -> Vec<Option<Span<'a>>> {
         if self.0.is_empty() {
             return originals.to_vec();
         }
@@ -203,7 +301,7 @@ impl Scaled {
 
 /// The gradients of `unit` where the framework left them. Where there is none, an empty run still says in which dtype
 /// they would have been, so that ranks agree on it.
-fn pieces<'a>(unit: &Unit, gradients: Gradients<'_, 'a>, in_fp32: bool) -> Pieces<'a> {
+fn pieces<'a>(unit: &Unit, gradients: &[Option<Span<'a>>], in_fp32: bool) -> Pieces<'a> {
     let given =
         unit.slots.iter().filter_map(|slot| gradients[slot.param.index()].map(|span| (slot.offset, span)));
     let mut runs: Vec<_> = given.collect();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use deepspeed_core::{ParamId, Span, Unit};
-use deepspeed_zero::{fill_master, refresh_master};
+use deepspeed_zero::{StreamedUnit, fill_master, refresh_master};
 
 use crate::{Engine, EngineError, engine::check_length};
 
@@ -76,7 +76,7 @@ impl Engine {
             shard.load_own_master(own.as_span());
         }
         if let Some(offloaded) = &mut self.offloaded {
-            offloaded.update::<EngineError>(|unit, master, _| {
+            offloaded.update::<EngineError>(false, |StreamedUnit { unit, master, .. }| {
                 if let Some(master) = master {
                     deepspeed_kernels::cast(own[unit].as_span(), master.into());
                 }
@@ -93,7 +93,7 @@ impl Engine {
     ) -> Result<(), EngineError> {
         let layout = Arc::clone(&self.layout);
         if let Some(offloaded) = &mut self.offloaded {
-            offloaded.update::<EngineError>(|unit, master, _| {
+            offloaded.update::<EngineError>(false, |StreamedUnit { unit, master, .. }| {
                 if let Some(master) = master {
                     change(&layout.units[unit], master);
                 }

@@ -2,9 +2,11 @@
 
 use std::fmt;
 
-use deepspeed_comm::{CommError, Group};
-use deepspeed_core::Layout;
-use deepspeed_zero::UnitShard;
+use deepspeed_comm::Group;
+use deepspeed_core::{Layout, SpanMut, Unit};
+use deepspeed_zero::{OffloadedState, UnitShard};
+
+use crate::EngineError;
 
 /// Where the first gradient that is not finite was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,20 +27,31 @@ impl fmt::Display for NonFinite {
 pub(crate) fn find(
     layout: &Layout,
     shards: &[UnitShard],
+    offloaded: Option<&OffloadedState>,
     group: &dyn Group,
-) -> Result<Option<NonFinite>, CommError> {
-    let mine = layout.units.iter().find_map(|unit| {
-        let shard = &shards[unit.id.index()];
-        if shard.square_sum.is_finite() {
-            return None;
-        }
+) -> Result<Option<NonFinite>, EngineError> {
+    let in_unit = |unit: &Unit, gradient: &[f32]| {
         let range = unit.shard(group.rank());
         unit.fragments(range.clone()).find_map(|fragment| {
             let start = fragment.unit_offset - range.start;
-            let elements = &shard.gradient.as_f32()[start..start + fragment.len];
+            let elements = &gradient[start..start + fragment.len];
             elements.iter().find(|x| !x.is_finite()).map(|x| (fragment.param.0, x.is_nan()))
         })
-    });
+    };
+    let mut mine = None;
+    for unit in layout.units.iter().filter(|unit| !shards[unit.id.index()].square_sum.is_finite()) {
+        mine = match offloaded.filter(|offloaded| offloaded.holds(unit.id)) {
+            Some(offloaded) => {
+                let mut gradient = vec![0.0f32; unit.shard_len];
+                offloaded.read_gradient(unit.id, 0, SpanMut::from(&mut gradient[..]))?;
+                in_unit(unit, &gradient)
+            }
+            None => in_unit(unit, shards[unit.id.index()].gradient.as_f32()),
+        };
+        if mine.is_some() {
+            break;
+        }
+    }
     let message = mine.map_or_else(Vec::new, |(param, nan)| {
         let mut bytes = param.to_le_bytes().to_vec();
         bytes.push(u8::from(nan));

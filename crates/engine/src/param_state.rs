@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use deepspeed_core::{Fragment, Layout, ParamId, Rank, Span, SpanMut, Unit};
+use deepspeed_core::{DType, Fragment, Layout, ParamId, Rank, Span, SpanMut, Unit};
 use deepspeed_zero::OffloadedState;
 
-use crate::{Engine, EngineError};
+use crate::{Engine, EngineError, Part};
 
 /// A piece of a parameter's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,7 @@ impl Engine {
     /// Whether the unit has masters apart from its weights.
     fn has_master(&self, unit: &Unit) -> bool {
         self.shards[unit.id.index()].master.is_some()
+            || (self.state_on_device && unit.dtype != DType::F32)
             || self.offloaded.as_ref().is_some_and(|offloaded| offloaded.has_master(unit.id))
     }
 
@@ -54,6 +55,10 @@ impl Engine {
         let shard = &self.shards[unit.id.index()];
         let start = fragment.unit_offset - unit.shard(self.group.rank()).start;
         let range = start..start + fragment.len;
+        if let Some(part) = self.part_on_device(unit, kind) {
+            let scale = if part == Part::Gradient { self.scaler.scale() as f32 } else { 1.0 };
+            return Ok(self.read_device(unit, part)?[range].iter().map(|element| element / scale).collect());
+        }
         let offloaded = self.offloaded.as_ref().filter(|offloaded| offloaded.holds(unit.id));
         let read = |offloaded: &OffloadedState, state| {
             let mut values = vec![0.0f32; fragment.len];
@@ -71,8 +76,17 @@ impl Engine {
         }
         match kind {
             StateKind::Gradient => {
+                let mut values = vec![0.0f32; fragment.len];
+                match offloaded {
+                    Some(_) if !self.reduced[unit.id.index()] => {}
+                    Some(offloaded) => {
+                        offloaded.read_gradient(unit.id, start, SpanMut::from(&mut values[..]))?;
+                    }
+                    None => values.copy_from_slice(&shard.gradient.as_f32()[range]),
+                }
                 let scale = self.scaler.scale() as f32;
-                Ok(shard.gradient.as_f32()[range].iter().map(|element| element / scale).collect())
+                values.iter_mut().for_each(|element| *element /= scale);
+                Ok(values)
             }
             StateKind::Optimizer(index) if *index < shard.state.len() => {
                 Ok(shard.state[*index].as_f32()[range].to_vec())
@@ -126,17 +140,26 @@ impl Engine {
         let rank = self.group.rank();
         let layout = Arc::clone(&self.layout);
         let Some((unit, Some(fragment))) = locate(&layout, rank, param) else { return Ok(()) };
-        let offloaded = self.offloaded.as_ref().filter(|offloaded| offloaded.holds(unit.id));
         let (id, start) = (unit.id.index(), fragment.unit_offset - unit.shard(rank).start);
         let range = start..start + fragment.len;
+        if let Some(part) = self.part_on_device(unit, kind) {
+            return self.set_on_device(unit, part, start, values);
+        }
+        let offloaded = self.offloaded.as_ref().filter(|offloaded| offloaded.holds(unit.id));
         let shard = &mut self.shards[id];
         match kind {
             StateKind::Gradient => {
                 let scale = self.scaler.scale() as f32;
+                if let Some(offloaded) = offloaded {
+                    offloaded.read_gradient(unit.id, 0, shard.gradient.span_mut())?;
+                }
                 for (target, value) in shard.gradient.as_f32_mut()[range].iter_mut().zip(values) {
                     *target = value * scale;
                 }
                 shard.square_sum = deepspeed_kernels::sum_squares(shard.gradient.span());
+                if let Some(offloaded) = offloaded {
+                    offloaded.park_gradient(unit.id, &mut shard.gradient)?;
+                }
             }
             StateKind::Optimizer(index) => match &offloaded {
                 Some(offloaded) if *index < self.states => {
@@ -162,7 +185,40 @@ impl Engine {
                     let mut own: Vec<SpanMut<'_>> = weights.trained.own_mut();
                     deepspeed_kernels::cast(Span::from(values), own[id].slice_mut(start, values.len()));
                 }
+                return self.write_device(unit, Part::Weight, start, values);
             }
+        }
+        Ok(())
+    }
+
+    /// Which of the device's tensors holds `kind`, if one does.
+    fn part_on_device(&self, unit: &Unit, kind: &StateKind) -> Option<Part> {
+        self.device.as_ref()?;
+        match kind {
+            StateKind::Gradient => Some(Part::Gradient),
+            StateKind::Optimizer(index) if *index < self.states => Some(Part::State(*index)),
+            StateKind::Optimizer(_) => None,
+            StateKind::Master if unit.dtype == DType::F32 => Some(Part::Weight),
+            StateKind::Master => Some(Part::Master),
+        }
+        .filter(|part| *part == Part::Gradient || self.state_on_device)
+    }
+
+    fn set_on_device(
+        &mut self,
+        unit: &Unit,
+        part: Part,
+        start: usize,
+        values: &[f32],
+    ) -> Result<(), EngineError> {
+        if part == Part::Gradient {
+            let scale = self.scaler.scale() as f32;
+            let scaled: Vec<f32> = values.iter().map(|value| value * scale).collect();
+            return self.write_device(unit, part, start, &scaled);
+        }
+        self.write_device(unit, part, start, values)?;
+        if part == Part::Master {
+            self.write_device(unit, Part::Weight, start, values)?;
         }
         Ok(())
     }

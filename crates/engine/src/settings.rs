@@ -49,8 +49,14 @@ pub struct Settings {
     pub unit_len: usize,
     /// At stage 3: the folder of the file that holds the weights; `None` for host memory.
     pub weights_folder: Option<PathBuf>,
+    /// Of weights in such a file: elements of each rank's part that stay in memory between uses.
+    pub weights_in_memory: usize,
     /// Where masters and optimizer state lie, if not in memory.
     pub offload: Option<OffloadSettings>,
+    /// With a device: whether masters and optimizer state lie in the host's memory, and are updated there.
+    pub state_on_host: bool,
+    /// With a device, at stage 3: whether shards of the weights lie in the host's memory.
+    pub weights_on_host: bool,
     /// At stage 3 where ranks share no memory: how much is whole at a time.
     pub gathering: GatherLimits,
     /// How checkpoints are saved.
@@ -96,7 +102,10 @@ impl Default for Settings {
             threads: 1,
             unit_len: Self::UNIT_LEN,
             weights_folder: None,
+            weights_in_memory: 0,
             offload: None,
+            state_on_host: false,
+            weights_on_host: false,
             gathering: GatherLimits::default(),
             saving: SaveSettings::default(),
         }
@@ -149,7 +158,10 @@ impl Settings {
                 OffloadDevice::Nvme => config.zero.offload_param.nvme_path.clone(),
                 OffloadDevice::None | OffloadDevice::Cpu => None,
             },
+            weights_in_memory: config.zero.offload_param.max_in_cpu,
             offload: OffloadSettings::from_config(config),
+            state_on_host: config.zero.offload_optimizer.device != OffloadDevice::None,
+            weights_on_host: config.zero.offload_param.device != OffloadDevice::None,
             gathering: GatherLimits {
                 prefetch_bucket_size: config.zero.gathering.prefetch_bucket_size,
                 max_live_parameters: config.zero.gathering.max_live_parameters,

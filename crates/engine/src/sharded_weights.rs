@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use deepspeed_comm::{CommError, Group, SharedUnits};
+use deepspeed_comm::{CommError, Group, SharedUnits, UnitPages};
 use deepspeed_core::{AlignedBuffer, Layout, Rank, Span, SpanMut, Unit};
 
 /// The shards of one layout's units, in the model's dtype.
@@ -28,8 +28,21 @@ impl Shards {
         if group.shares_memory() {
             return Ok(Self::Shared(SharedUnits::share(group, what, layout, folder)?));
         }
-        let zeros = |unit: &Unit| AlignedBuffer::zeroed(unit.shard_len, unit.dtype);
-        Ok(Self::Private(layout.units.iter().map(zeros).collect()))
+        Ok(Self::private(layout, true))
+    }
+
+    /// Zeroed shards of this rank alone; without elements where a device has them (`here` is false).
+    pub(crate) fn private(layout: &Layout, here: bool) -> Self {
+        let zeros = |unit: &Unit| AlignedBuffer::zeroed(if here { unit.shard_len } else { 0 }, unit.dtype);
+        Self::Private(layout.units.iter().map(zeros).collect())
+    }
+
+    /// The buffer of one unit, where it is this rank's alone.
+    pub(crate) fn buffer_mut(&mut self, unit: &Unit) -> Option<&mut AlignedBuffer> {
+        match self {
+            Self::Shared(_) => None,
+            Self::Private(shards) => shards.get_mut(unit.id.index()),
+        }
     }
 
     /// This rank's shard of `unit`.
@@ -81,16 +94,43 @@ pub(crate) struct ShardedWeights {
     /// The layout of the parameters that are not trained, and their weights.
     pub(crate) frozen_layout: Layout,
     pub(crate) frozen: Shards,
+    /// By unit, the trained ones first: its pages, if it lies in a file and leaves memory after each use.
+    pub(crate) pages: Vec<Option<UnitPages>>,
 }
 
 impl ShardedWeights {
-    /// Gives the memory of weights that lie in a file back to the system: they are read again when they are used.
-    pub(crate) fn give_back_pages(&self) -> Result<(), CommError> {
-        for shards in [&self.trained, &self.frozen] {
-            if let Some(units) = shards.shared() {
-                units.region().drop_pages(0, units.region().len())?;
-            }
-        }
-        Ok(())
+    /// Zeroed weights of the units of `layout` and `frozen_layout`, in memory or in a file in `folder`, of which the first
+    /// `kept` elements stay in memory. Collective.
+    ///
+    /// # Errors
+    /// As [`Shards::new`].
+    pub(crate) fn new(
+        group: &dyn Group,
+        layout: &Layout,
+        frozen_layout: Layout,
+        folder: Option<&Path>,
+        kept: usize,
+    ) -> Result<Self, CommError> {
+        let trained = Shards::new(group, "weights", layout, folder)?;
+        let frozen = Shards::new(group, "frozen weights", &frozen_layout, folder)?;
+        let units = layout.units.iter().map(|unit| (&trained, unit));
+        let units = units.chain(frozen_layout.units.iter().map(|unit| (&frozen, unit)));
+        let mut elements = 0usize;
+        let pages = units
+            .map(|(shards, unit)| {
+                elements = elements.saturating_add(unit.len());
+                let leaves = folder.is_some() && elements > kept;
+                shards.shared().filter(|_| leaves).map(|units| units.pages(unit))
+            })
+            .collect();
+        Ok(Self { trained, frozen_layout, frozen, pages })
     }
+}
+
+/// Gives the memory of a unit back to the system where it has `pages` to give: it is read again when it is used.
+///
+/// # Errors
+/// [`CommError`] where the system refuses.
+pub(crate) fn give_back(pages: &[Option<UnitPages>], unit: usize) -> Result<(), CommError> {
+    pages.get(unit).and_then(Option::as_ref).map_or(Ok(()), UnitPages::give_back)
 }

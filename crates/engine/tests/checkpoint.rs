@@ -26,6 +26,7 @@ fn save(replica: &mut Replica, dir: &std::path::Path, tag: &str, rule: TagRule) 
         slices: &[],
         frozen: &[],
         exclude_frozen: false,
+        tied: &[],
         tensors: &[],
         blobs: &[],
         face: serde_json::json!({ "micro": replica.micro }),

@@ -120,19 +120,27 @@ fn offload_moves_bytes_between_tiers_and_loses_none() {
     assert_eq!(state(&quarter, Tier::Device), [1500, 1500, 3000]);
     assert_eq!(state(&quarter, Tier::Host), [500, 500, 1000]);
     let nvme = offloaded(OffloadDevice::Nvme, 1.0);
-    assert_eq!(state(&nvme, Tier::Host), [2000, 0, 0], "gradients wait in host memory");
-    assert_eq!(state(&nvme, Tier::Nvme), [0, 2000, 4000]);
-    // One slot of master and two moments of the largest unit's shard; a pipeline takes `buffer_count` slots.
-    assert_eq!(Plan::new(&nvme).at(Kind::OffloadBuffers, Tier::Host).per_rank, 3 * 50 * 4);
+    assert_eq!(state(&nvme, Tier::Host), [0, 0, 0]);
+    assert_eq!(state(&nvme, Tier::Nvme), [2000, 2000, 4000]);
+    // One slot of master, two moments and gradient of the largest unit's shard, and the gradient that is reduced; a pipeline
+    // takes `buffer_count` slots.
+    assert_eq!(Plan::new(&nvme).at(Kind::OffloadBuffers, Tier::Host).per_rank, (4 + 1) * 50 * 4);
     let mut pipelined = nvme;
     pipelined.offload_optimizer.pipeline_read = true;
-    assert_eq!(Plan::new(&pipelined).at(Kind::OffloadBuffers, Tier::Host).per_rank, 4 * 3 * 50 * 4);
+    assert_eq!(Plan::new(&pipelined).at(Kind::OffloadBuffers, Tier::Host).per_rank, (4 * 4 + 1) * 50 * 4);
 }
 
 #[test]
 fn parameters_on_nvme_leave_a_window() {
     let mut facts = Facts { live_parameters: 150, ..facts(DType::BF16, 1000, 3, 2) };
     facts.offload_param.device = OffloadDevice::Nvme;
+    let kept = |max_in_cpu| {
+        let offload_param = OffloadParamConfig { max_in_cpu, ..facts.offload_param.clone() };
+        Plan::new(&Facts { offload_param, ..facts.clone() }).kind(Kind::GatheredWeights)
+    };
+    assert_eq!(kept(100), Amount { per_rank: 400, per_host: 800 }, "and 100 elements of each rank");
+    assert_eq!(kept(usize::MAX), Amount { per_rank: 1000, per_host: 2000 });
+    facts.offload_param.max_in_cpu = 0;
     let plan = Plan::new(&facts);
     assert_eq!(plan.kind(Kind::Weights), Amount { per_rank: 1000, per_host: 2000 });
     assert_eq!(plan.at(Kind::Weights, Tier::Host), Amount::default());

@@ -75,7 +75,7 @@ fn a_higher_stage_comes_first() {
 #[test]
 fn then_a_disk() {
     // Stage 3 of a billion parameters: 2 + 16 GB on a host, and gradients. On a CPU, `cpu` gains nothing.
-    let found = change(&billion(2, 4), &host(12 * GIB));
+    let found = change(&billion(2, 4), &host(8 * GIB));
     assert_eq!(
         (found.stage, found.offload_optimizer, found.offload_param),
         (Some(3), Some(OffloadDevice::Nvme), None)
@@ -86,10 +86,11 @@ fn then_a_disk() {
             "\"zero_optimization\": {\"stage\": 3, \"offload_optimizer\": {\"device\": \"nvme\", \"nvme_path\": \"/fast\"}}"
         ]
     );
-    let found = change(&billion(3, 4), &host(6 * GIB));
-    let place = "{\"device\": \"nvme\", \"nvme_path\": \"<a folder on a local disk>\"}";
-    let expected =
-        format!("\"zero_optimization\": {{\"offload_optimizer\": {place}, \"offload_param\": {place}}}");
+    let found = change(&billion(3, 4), &host(2 * GIB));
+    let place = "\"device\": \"nvme\", \"nvme_path\": \"<a folder on a local disk>\"";
+    let blocks =
+        format!("\"offload_optimizer\": {{{place}}}, \"offload_param\": {{{place}, \"max_in_cpu\": 0}}");
+    let expected = format!("\"zero_optimization\": {{{blocks}}}");
     assert_eq!(found.lines(None), [expected]);
 }
 

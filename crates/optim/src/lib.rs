@@ -20,4 +20,4 @@ pub use hyper::Hyper;
 pub use kind::OptimizerKind;
 pub use loss_scale::{DynamicLossScale, LossScaler, ScaleChange};
 pub use schedule::{Schedule, Values};
-pub use update::{LambSums, Shard, lamb_apply, lamb_direction, state_names, update};
+pub use update::{LambSums, Shard, lamb_apply, lamb_direction, lamb_step_size, state_names, update};

@@ -83,6 +83,11 @@ fn lamb_coefficients(hyper: &Hyper, step: u64) -> LambCoefficients {
     LambCoefficients::new(lr, betas, eps, weight_decay, bias_correction, step)
 }
 
+/// What Lamb's trust ratio times the direction is multiplied with.
+pub fn lamb_step_size(hyper: &Hyper, step: u64) -> f64 {
+    lamb_coefficients(hyper, step).step_size
+}
+
 /// First phase of Lamb, for one parameter or the part of it that a rank has: updates the state, writes the raw
 /// direction, and returns the sums to be added over all parts of the parameter. `shard.param` and `shard.out` stay
 /// as they are.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use deepspeed_checkpoint::{Checkpoint, ElementType, Retired, TensorSource};
 use deepspeed_core::{ParamId, Rank, Span, SpanMut};
-use deepspeed_engine::{Frozen, LoadOptions, ParamSlice, SaveRequest, Saved, TagRule, read_cast};
+use deepspeed_engine::{Afterwards, Frozen, LoadOptions, ParamSlice, SaveRequest, Saved, TagRule, read_cast};
 use pyo3::{
     exceptions::{PyTypeError, PyValueError},
     intern,
@@ -82,7 +82,7 @@ fn wait_for_saves(py: Python<'_>) -> Vec<(PathBuf, String)> {
 /// Saves the engine's state with what Python adds.
 #[pyfunction]
 #[pyo3(signature = (engine, *, save_dir, tag, fail_on_different_tags, save_latest, param_groups, slices,
-                    frozen, exclude_frozen, buffers, blobs, face))]
+                    frozen, exclude_frozen, tied, buffers, blobs, face))]
 #[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
 fn save_checkpoint(
     py: Python<'_>,
@@ -95,6 +95,7 @@ fn save_checkpoint(
     slices: Vec<(usize, String, usize, Bound<'_, PyAny>)>,
     frozen: &Bound<'_, PyDict>,
     exclude_frozen: bool,
+    tied: Vec<(String, String)>,
     buffers: &Bound<'_, PyDict>,
     blobs: Vec<(String, Vec<u8>)>,
     face: &str,
@@ -134,7 +135,7 @@ fn save_checkpoint(
         let tensors: Vec<TensorSource<'_>> =
             buffers.iter().map(|tensor| unsafe { tensor.source() }).collect();
         let rule = if fail_on_different_tags { TagRule::Fail } else { TagRule::FirstRank };
-        let saved = engine.save_checkpoint(&SaveRequest {
+        let request = SaveRequest {
             dir: &save_dir,
             tag: &tag,
             rule,
@@ -144,10 +145,12 @@ fn save_checkpoint(
             slices: &slices,
             frozen: &frozen,
             exclude_frozen,
+            tied: &tied,
             tensors: &tensors,
             blobs: &blobs,
             face,
-        })?;
+        };
+        let saved = engine.on_host(None, Afterwards::Forget, |engine| engine.save_checkpoint(&request))?;
         let Saved { tags_differ, folder, behind, retired, .. } = saved;
         let Retired { removed, problems } = retired;
         Ok::<_, deepspeed_engine::EngineError>(PySavedCheckpoint {
@@ -265,7 +268,9 @@ fn load_checkpoint(
         let mut weights: Vec<SpanMut<'_>> = weights.iter().map(span).collect();
         let mut frozen: Vec<(String, SpanMut<'_>)> =
             frozen.iter().map(|(name, _, tensor)| (name.clone(), span(tensor))).collect();
-        engine.load_checkpoint(&load_dir, tag.as_deref(), options, &hypers, &mut weights, &mut frozen)
+        engine.on_host(None, Afterwards::WriteBack, |engine| {
+            engine.load_checkpoint(&load_dir, tag.as_deref(), options, &hypers, &mut weights, &mut frozen)
+        })
     })?;
     Ok(checkpoint.map(|checkpoint| PyLoadedCheckpoint { checkpoint, rank }))
 }

@@ -1,8 +1,11 @@
 //! The training engine for Python: reads tensors off torch at three moments of a step, and leaves the rest to Rust.
 
 use deepspeed_core::{DType, ParamId, ParamSpec, Span, SpanMut, UnitId};
+use std::sync::Arc;
+
 use deepspeed_engine::{
-    Engine, EngineError, OptimizerChoice, Plan, Settings, SharedAddresses, StepReport, loss_scaler,
+    Afterwards, Device, Engine, EngineError, Gradients, OptimizerChoice, Plan, Settings, SharedAddresses,
+    StepReport, loss_scaler,
 };
 use deepspeed_monitor::Phase;
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind};
@@ -15,6 +18,7 @@ use pyo3::{
 
 use crate::{
     config::PyConfig,
+    device::{ClientTensors, TorchDevice},
     enter::enter,
     errors::{DeepSpeedError, IntoPyErr},
     gathering::is_released,
@@ -29,6 +33,8 @@ use crate::{
 #[pyclass(name = "Engine", module = "deepspeed._native", weakref)]
 pub(crate) struct PyEngine {
     pub(crate) engine: Engine,
+    /// Where parameters are, if not in the host's memory.
+    pub(crate) device: Option<Arc<TorchDevice>>,
     names: Vec<String>,
     parameters: Vec<Py<PyAny>>,
     /// By unit, the indices of its parameters.
@@ -66,10 +72,11 @@ impl PyEngine {
     /// An engine for `tensors` (torch parameters as they are before they are cast to `dtypes`), named `names`, in the
     /// optimizer's parameter groups `groups`. `optimizer` is the kind of an optimizer of ours, `client` the class of one
     /// that is not. `frozen` are the parameters that are not trained, by name with their dtype, where the stage shards
-    /// them. Collective.
+    /// them. With `device`, a `torch.device`, parameters and the engine's memory are there; `direct` says that
+    /// torch.distributed moves its memory itself. Collective.
     #[new]
     #[pyo3(signature = (*, config, names, tensors, dtypes, groups, frozen, optimizer, client, param_groups, group,
-                        threads, ranks_per_host))]
+                        threads, ranks_per_host, device=None, direct=false))]
     #[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
     fn new(
         py: Python<'_>,
@@ -85,23 +92,30 @@ impl PyEngine {
         group: &PyGroup,
         threads: usize,
         ranks_per_host: usize,
+        device: Option<&Bound<'_, PyAny>>,
+        direct: bool,
     ) -> PyResult<Self> {
         let world = group.inner().world();
         let origin = format!("{world} rank{} in the process group", if world == 1 { "" } else { "s" });
         let settings =
             Settings::from_config(&config.config, world, &origin, threads).map_err(IntoPyErr::into_py_err)?;
+        // What the host's memory is to hold of values that are elsewhere.
+        let wanted = device.is_none() || settings.state_on_host;
         let scaler = loss_scaler(&config.config).map_err(IntoPyErr::into_py_err)?;
         let mut specs = Vec::with_capacity(names.len());
         let mut arguments = Vec::with_capacity(names.len());
+        let mut copies = Vec::new();
         for (((name, tensor), dtype), group) in names.iter().zip(&tensors).zip(&dtypes).zip(groups) {
             specs.push(spec_of(name, tensor, dtype, group)?);
-            arguments.push(present(tensor, name)?);
+            copies.push(on_host(tensor, wanted && device.is_some())?);
+            arguments.push(if wanted { present(&copies[copies.len() - 1], name)? } else { None });
         }
         let mut frozen_specs = Vec::with_capacity(frozen.len());
         let mut frozen_arguments = Vec::with_capacity(frozen.len());
         for (name, tensor, dtype) in &frozen {
             frozen_specs.push(spec_of(name, tensor, dtype, 0)?);
-            frozen_arguments.push(present(tensor, name)?);
+            copies.push(on_host(tensor, wanted && device.is_some())?);
+            frozen_arguments.push(if wanted { present(&copies[copies.len() - 1], name)? } else { None });
         }
         let choice = match (&optimizer, client) {
             (Some(kind), _) => OptimizerChoice::Native(kind_of(kind)?),
@@ -111,16 +125,28 @@ impl PyEngine {
         let hypers = hypers(optimizer.as_deref(), &param_groups)?;
         let group = group.inner().clone();
         let config = &config.config;
+        let all: Vec<Bound<'_, PyAny>> =
+            tensors.iter().cloned().chain(frozen.iter().map(|(_, tensor, _)| tensor.clone())).collect();
+        let device = device
+            .map(|device| {
+                let parameters = all.iter().map(|tensor| tensor.clone().unbind()).collect();
+                TorchDevice::new(device, parameters, group.clone(), direct).map(Arc::new)
+            })
+            .transpose()?;
+        let device_memory = device.as_ref().map_or(Ok(None), |device| device.memory(py))?;
+        let seam = device.clone().map(|device| device as Arc<dyn Device>);
         let (engine, memory, memory_warning) = enter(py, move || {
-            let mut engine = Engine::new(settings, specs, frozen_specs, choice, &hypers, scaler, group)?;
+            let mut engine = Engine::on(seam, settings, specs, frozen_specs, choice, &hypers, scaler, group)?;
             // Large buffers cost nothing until they are written, so this is before the memory is taken.
             let given = arguments.iter().chain(&frozen_arguments).flatten();
             let surroundings = Surroundings {
                 ranks_per_host,
                 weights_held: given.map(|tensor| tensor.len() * tensor.dtype().size()).sum(),
                 state_tensors: engine.state_tensors(),
+                device_memory,
             };
             let (memory, warning) = MemoryPlan::agree(config, &engine, surroundings)?;
+            engine.lay_out_device()?;
             // SAFETY: the caller holds the tensors for the length of this call, and nobody writes to them.
             let span = |tensor: &TensorArg| unsafe { tensor.span() };
             if arguments.iter().chain(&frozen_arguments).any(Option::is_none) {
@@ -139,10 +165,35 @@ impl PyEngine {
             }
             Ok::<_, EngineError>((engine, memory, warning))
         })?;
+        drop(copies);
+        if let Some(device) = &device {
+            for (number, tensor) in all.iter().enumerate() {
+                if !is_released(tensor)? {
+                    device.load_weight(py, number, tensor)?;
+                }
+            }
+        }
         let parameters = tensors.into_iter().map(Bound::unbind).collect();
         let units = engine.unit_params();
         let plan = Plan::Accumulate;
-        Ok(Self { engine, names, parameters, units, kind: optimizer, plan, memory, memory_warning })
+        Ok(Self { engine, device, names, parameters, units, kind: optimizer, plan, memory, memory_warning })
+    }
+
+    /// On a device, below stage 3: makes the parameters views of the flat weights.
+    fn adopt_parameters(&self, py: Python<'_>) -> PyResult<()> {
+        self.device.as_ref().map_or(Ok(()), |device| device.adopt_parameters(py))
+    }
+
+    /// On a device that has the state: for a client's optimizer on shards, per fragment of a parameter, (index of the
+    /// parameter, first element in it, number of elements, fp32 gradients, fp32 masters). None elsewhere.
+    fn client_tensors(&self, py: Python<'_>) -> PyResult<Option<ClientTensors>> {
+        let device = self.device.as_ref().filter(|_| self.engine.state_on_device());
+        device.map(|device| device.client_tensors(py)).transpose()
+    }
+
+    /// On a device, at stage 3: by parameter, trained and frozen, this rank's part of its weights. None elsewhere.
+    fn own_tensors(&self, py: Python<'_>) -> PyResult<Option<Vec<Py<PyAny>>>> {
+        self.device.as_ref().map(|device| device.own_parts(py)).transpose()
     }
 
     /// A phase of the step begins ("forward", "backward"), or ends (None).
@@ -176,7 +227,9 @@ impl PyEngine {
     /// scale and divided by the accumulation steps.
     fn end_backward(&mut self, py: Python<'_>, scaled: bool, averaged: bool) -> PyResult<()> {
         let all: Vec<usize> = (0..self.parameters.len()).collect();
-        self.lend_gradients(py, &all, scaled, averaged, Engine::end_backward)
+        self.lend_gradients(py, &all, scaled, averaged, |engine, gradients, factor| {
+            engine.end_backward(gradients, factor)
+        })
     }
 
     /// By unit, the indices of its parameters.
@@ -224,9 +277,14 @@ impl PyEngine {
         Some((PySharedWeights::new(regions.into()), trained, frozen))
     }
 
-    /// Whether the engine, not the framework, keeps the weights: stage 3.
+    /// Whether parameters are not this rank's own: stage 3.
     fn keeps_weights(&self) -> bool {
-        self.engine.keeps_weights()
+        !self.engine.weights_are_whole()
+    }
+
+    /// Whether fp32 parameters are the masters themselves, so that there is nothing else to write.
+    fn masters_in_place(&self) -> bool {
+        !self.engine.keeps_weights()
     }
 
     /// Whether torch's parameters are gathered from shards: stage 3 where ranks share no memory.
@@ -260,6 +318,17 @@ impl PyEngine {
         Ok(report.into())
     }
 
+    /// The units of weights in a file that do not stay in memory between uses, each with its last parameter; frozen
+    /// parameters are numbered after the trained ones.
+    fn units_given_back(&self) -> Vec<(usize, usize)> {
+        self.engine.units_given_back()
+    }
+
+    /// Gives the memory of such a unit back to the system until it is used again.
+    fn give_back_unit(&self, unit: usize) -> PyResult<()> {
+        self.engine.give_back_unit(unit).map_err(IntoPyErr::into_py_err)
+    }
+
     /// Ends a micro-batch of an engine without optimizer.
     fn step_without_optimizer(&mut self, py: Python<'_>) -> PyResult<PyStepReport> {
         let engine = &mut self.engine;
@@ -280,8 +349,11 @@ impl PyEngine {
 
     /// The whole averaged gradients, unscaled and clipped, into `outputs` (fp32 tensors, one per parameter).
     fn gather_gradients(&mut self, py: Python<'_>, outputs: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
-        let arguments = read_all(&outputs, &self.names)?;
         let grad_scale = self.grad_scale()?;
+        if let Some(device) = &self.device {
+            return device.gather_gradients(py, grad_scale, &outputs);
+        }
+        let arguments = read_all(&outputs, &self.names)?;
         let engine = &mut self.engine;
         enter(py, || {
             // SAFETY: the caller holds the outputs for the length of this call; they are distinct new tensors.
@@ -295,8 +367,7 @@ impl PyEngine {
     fn scale_gradients(&mut self, py: Python<'_>) -> PyResult<()> {
         let grad_scale = self.grad_scale()?;
         let engine = &mut self.engine;
-        py.detach(|| engine.scale_gradients(grad_scale));
-        Ok(())
+        enter(py, || engine.scale_gradients(grad_scale))
     }
 
     /// After the client's optimizer has updated the shards' masters: everybody's weights follow.
@@ -349,6 +420,17 @@ impl PyEngine {
     /// Makes the model's weights, as they are now, the fp32 masters; or `masters`, one tensor per parameter.
     #[pyo3(signature = (masters=None))]
     fn load_masters(&mut self, py: Python<'_>, masters: Option<Vec<Bound<'_, PyAny>>>) -> PyResult<()> {
+        if self.device.is_some() {
+            let engine = &mut self.engine;
+            let Some(masters) = masters else { return enter(py, || engine.masters_from_device()) };
+            let copies = masters.iter().map(|it| on_host(it, true)).collect::<PyResult<Vec<_>>>()?;
+            let values = read_all(&copies, &self.names)?;
+            return enter(py, || {
+                // SAFETY: `copies` holds the tensors during this call.
+                let spans: Vec<Span<'_>> = values.iter().map(|tensor| unsafe { tensor.span() }).collect();
+                engine.on_host(None, Afterwards::WriteBack, |engine| engine.load_masters(&spans))
+            });
+        }
         let values = match &masters {
             Some(masters) => read_all(masters, &self.names)?,
             None if self.engine.gathers_weights() => {
@@ -554,8 +636,11 @@ impl PyEngine {
         members: &[usize],
         scaled: bool,
         averaged: bool,
-        work: impl FnOnce(&mut Engine, &[Option<Span<'_>>], f32) -> Result<(), EngineError> + Send,
+        work: impl FnOnce(&mut Engine, Gradients<'_, '_>, f32) -> Result<(), EngineError> + Send,
     ) -> PyResult<()> {
+        if self.device.is_some() {
+            return self.point_at_gradients(py, members, scaled, averaged, work);
+        }
         let attribute = intern!(py, "grad");
         let mut tensors = Vec::with_capacity(members.len());
         for index in members {
@@ -576,10 +661,33 @@ impl PyEngine {
                 // complete, and the thread that computes gradients is the one that called.
                 spans[*index] = Some(unsafe { tensor.span() });
             }
-            work(engine, &spans, factor)
+            work(engine, Gradients::Spans(&spans), factor)
         })?;
         for (index, _) in &tensors {
             self.parameters[*index].bind(py).setattr(attribute, py.None())?;
+        }
+        Ok(())
+    }
+
+    /// The same where gradients are on a device, which finds them on the parameters.
+    fn point_at_gradients(
+        &mut self,
+        py: Python<'_>,
+        members: &[usize],
+        scaled: bool,
+        averaged: bool,
+        work: impl FnOnce(&mut Engine, Gradients<'_, '_>, f32) -> Result<(), EngineError> + Send,
+    ) -> PyResult<()> {
+        let attribute = intern!(py, "grad");
+        let mut present = vec![false; self.parameters.len()];
+        for index in members {
+            present[*index] = !self.parameters[*index].bind(py).getattr(attribute)?.is_none();
+        }
+        let factor = self.engine.missing_factor(scaled, averaged);
+        let engine = &mut self.engine;
+        enter(py, || work(engine, Gradients::OnDevice(&present), factor))?;
+        for (index, _) in present.iter().enumerate().filter(|(_, present)| **present) {
+            self.parameters[index].bind(py).setattr(attribute, py.None())?;
         }
         Ok(())
     }
@@ -627,6 +735,17 @@ fn spec_of(
 /// A parameter's memory; none where it is elsewhere and will be loaded later.
 fn present(tensor: &Bound<'_, PyAny>, name: &str) -> PyResult<Option<TensorArg>> {
     if is_released(tensor)? { Ok(None) } else { TensorArg::read(tensor, name).map(Some) }
+}
+
+/// The tensor, or a dense copy of it in the host's memory where it is on a device.
+pub(crate) fn on_host<'py>(tensor: &Bound<'py, PyAny>, on_device: bool) -> PyResult<Bound<'py, PyAny>> {
+    if !on_device || is_released(tensor)? {
+        return Ok(tensor.clone());
+    }
+    let py = tensor.py();
+    let detached = tensor.call_method0(intern!(py, "detach"))?;
+    let here = detached.call_method0(intern!(py, "cpu"))?;
+    here.call_method0(intern!(py, "contiguous"))
 }
 
 /// A gradient with dense, contiguous memory, and that memory.

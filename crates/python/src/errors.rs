@@ -65,6 +65,11 @@ impl IntoPyErr for EngineError {
             Self::Length { .. } | Self::Count { .. } | Self::Layout(_) => {
                 PyValueError::new_err(self.to_string())
             }
+            Self::Device(error) => {
+                let text = error.to_string();
+                // What torch raised, unless it came from elsewhere.
+                error.source.downcast::<PyErr>().map_or_else(|_| DeepSpeedError::new_err(text), |it| *it)
+            }
             Self::Memory(_) => PyMemoryError::new_err(self.to_string()),
             Self::WeightDType { .. } => PyTypeError::new_err(self.to_string()),
             _ => DeepSpeedError::new_err(self.to_string()),

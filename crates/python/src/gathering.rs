@@ -5,12 +5,13 @@
 
 use deepspeed_comm::PiecesMut;
 use deepspeed_core::{DType, Rank, Span, SpanMut};
-use deepspeed_engine::GatheredUnit;
+use deepspeed_engine::{Afterwards, GatheredUnit};
 use deepspeed_zero::{Action, BackwardCall, Circumstances, ModuleFacts, ResidentUnits, gathering_modules};
 use pyo3::{exceptions::PyValueError, intern, prelude::*, types::PyDict};
 
 use crate::{
-    engine::PyEngine,
+    device::TorchDevice,
+    engine::{PyEngine, on_host},
     enter::enter,
     group::PyGroup,
     tensors::{TensorArg, torch_dtype},
@@ -61,9 +62,10 @@ impl PyGathering {
         modules: Vec<(String, bool, bool, Vec<usize>)>,
         statuses: (Py<PyAny>, Py<PyAny>),
     ) -> PyResult<Self> {
-        let (described, limits) = {
+        let (described, limits, device) = {
             let engine = engine.borrow(py);
-            (engine.engine.gathered_units(), engine.engine.settings().gathering)
+            let device = engine.device.clone();
+            (engine.engine.gathered_units(), engine.engine.settings().gathering, device)
         };
         let mut unit_of = vec![None; parameters.len()];
         let mut sizes = vec![0; parameters.len()];
@@ -97,7 +99,7 @@ impl PyGathering {
             .collect();
         let units = described
             .into_iter()
-            .map(|unit| UnitMemory::new(py, unit, &parameters))
+            .map(|unit| UnitMemory::new(py, unit, &parameters, device.as_deref()))
             .collect::<PyResult<_>>()?;
         let (available, released) = statuses;
         let mut this = Self { engine, state, units, unit_of, modules, available, released };
@@ -218,19 +220,20 @@ impl PyGathering {
     fn store(&mut self, py: Python<'_>, mut numbers: Vec<usize>, root: Option<u32>) -> PyResult<()> {
         numbers.sort_unstable();
         numbers.dedup();
+        let units = self.units_of(&numbers);
+        let mut engine = self.engine.borrow_mut(py);
+        let on_device = engine.device.is_some();
         let members =
             self.units.iter().flat_map(|unit| unit.members.iter().map(move |member| (unit, member)));
         let mut written = Vec::new();
+        let mut copies = Vec::new();
         for (unit, member) in members.filter(|(_, member)| numbers.binary_search(&member.number).is_ok()) {
-            written.push((
-                member.number,
-                &unit.name,
-                TensorArg::read(member.parameter.bind(py), &unit.name)?,
-            ));
+            let here = on_host(member.parameter.bind(py), on_device)?;
+            written.push((member.number, &unit.name, TensorArg::read(&here, &unit.name)?));
+            copies.push(here);
         }
-        let mut engine = self.engine.borrow_mut(py);
         let engine = &mut engine.engine;
-        enter(py, || {
+        let stored = enter(py, || {
             let group = engine.group().clone();
             if let Some(root) = root {
                 for (number, name, tensor) in &written {
@@ -242,8 +245,10 @@ impl PyGathering {
             let spans: Vec<(usize, Span<'_>)> =
                 // SAFETY: as above.
                 written.iter().map(|(number, _, tensor)| (*number, unsafe { tensor.span() })).collect();
-            engine.store_weights(&spans)
-        })
+            engine.on_host(Some(&units), Afterwards::WriteBack, |engine| engine.store_weights(&spans))
+        });
+        drop(copies);
+        stored
     }
 }
 
@@ -269,13 +274,17 @@ impl PyGathering {
     fn gather(&self, py: Python<'_>, index: usize) -> PyResult<()> {
         let unit = &self.units[index];
         unit.storage.call_method1(py, intern!(py, "resize_"), (unit.bytes,))?;
-        let target = TensorArg::read(unit.flat.bind(py), &unit.name)?;
         let mut engine = self.engine.borrow_mut(py);
-        let engine = &mut engine.engine;
-        enter(py, move || {
-            // SAFETY: `self` holds the tensor, and nobody looks at it before it is filled.
-            engine.gather_unit(index, unsafe { target.span_mut() })
-        })?;
+        if let Some(device) = &engine.device {
+            device.gather_unit(py, index, unit.flat.bind(py))?;
+        } else {
+            let target = TensorArg::read(unit.flat.bind(py), &unit.name)?;
+            let engine = &mut engine.engine;
+            enter(py, move || {
+                // SAFETY: `self` holds the tensor, and nobody looks at it before it is filled.
+                engine.gather_unit(index, unsafe { target.span_mut() })
+            })?;
+        }
         for member in &unit.members {
             let parameter = member.parameter.bind(py);
             parameter.setattr(intern!(py, "data"), &member.whole)?;
@@ -300,11 +309,21 @@ impl PyGathering {
 }
 
 impl UnitMemory {
-    fn new(py: Python<'_>, unit: GatheredUnit, parameters: &[Bound<'_, PyAny>]) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        unit: GatheredUnit,
+        parameters: &[Bound<'_, PyAny>],
+        device: Option<&TorchDevice>,
+    ) -> PyResult<Self> {
         let torch = py.import("torch")?;
         let options = PyDict::new(py);
         options.set_item("dtype", torch_dtype(py, unit.dtype)?)?;
-        let flat = torch.call_method("empty", (unit.facts.elements,), Some(&options))?;
+        // A device gathers whole shards, with their padding.
+        let elements = if device.is_some() { unit.padded } else { unit.facts.elements };
+        if let Some(device) = device {
+            options.set_item("device", device.torch_device(py))?;
+        }
+        let flat = torch.call_method("empty", (elements,), Some(&options))?;
         let empty = torch.call_method("empty", (0,), Some(&options))?;
         let mut members = Vec::with_capacity(unit.slots.len());
         for (number, offset, len) in unit.slots {
@@ -315,7 +334,7 @@ impl UnitMemory {
         Ok(Self {
             name: unit.name,
             storage: flat.call_method0("untyped_storage")?.unbind(),
-            bytes: unit.facts.elements * unit.dtype.size(),
+            bytes: elements * unit.dtype.size(),
             flat: flat.unbind(),
             empty: empty.unbind(),
             members,
@@ -361,7 +380,16 @@ fn load_weight(
     number: usize,
     whole: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let source = TensorArg::read(whole, "weights")?;
+    let mut on_device = false;
+    if let Some(device) = &engine.device {
+        device.load_weight(py, number, whole)?;
+        if engine.engine.state_on_device() {
+            return Ok(());
+        }
+        on_device = true;
+    }
+    let here = on_host(whole, on_device)?;
+    let source = TensorArg::read(&here, "weights")?;
     let engine = &mut engine.engine;
     enter(py, || {
         // SAFETY: the caller holds the tensor for the length of this call and leaves it alone.

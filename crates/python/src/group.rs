@@ -139,12 +139,14 @@ impl PyGroup {
         Ok(all.iter().map(|bytes| PyBytes::new(py, bytes)).collect())
     }
 
-    /// Rank `root`'s values in every rank's tensors (name -> dense CPU tensor of any dtype).
+    /// Rank `root`'s values in every rank's tensors (name -> tensor of any dtype).
     fn broadcast(&self, py: Python<'_>, tensors: &Bound<'_, PyDict>, root: u32) -> PyResult<()> {
         for (name, tensor) in tensors {
             let name: String = name.extract()?;
-            if !tensor.call_method0(intern!(py, "is_contiguous"))?.extract::<bool>()? {
-                let dense = tensor.call_method0(intern!(py, "contiguous"))?;
+            let here: bool = tensor.getattr(intern!(py, "is_cpu"))?.extract()?;
+            if !here || !tensor.call_method0(intern!(py, "is_contiguous"))?.extract::<bool>()? {
+                let dense =
+                    tensor.call_method0(intern!(py, "cpu"))?.call_method0(intern!(py, "contiguous"))?;
                 self.broadcast_tensor(py, &name, &dense, root)?;
                 tensor.call_method1(intern!(py, "copy_"), (dense,))?;
             } else {

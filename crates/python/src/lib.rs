@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 
 mod checkpoint;
 mod config;
+mod device;
 mod engine;
 mod enter;
 mod errors;

@@ -36,6 +36,11 @@ impl LocalAccumulator {
         self.filled = true;
     }
 
+    /// A device has added one micro-batch to a sum of its own.
+    pub fn mark_filled(&mut self) {
+        self.filled = true;
+    }
+
     /// Whether there is anything to reduce.
     pub fn is_filled(&self) -> bool {
         self.filled

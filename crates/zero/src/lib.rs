@@ -33,10 +33,10 @@ mod use_order;
 pub use accumulator::LocalAccumulator;
 pub use error::ZeroError;
 pub use module_units::{Gathers, ModuleFacts, gathering_modules};
-pub use offloaded::{OffloadPlan, OffloadedState};
+pub use offloaded::{OffloadPlan, OffloadedState, StreamedUnit};
 pub use policy::{Policy, ReduceAt, Residency, Stage};
 pub use publish::{
-    AlreadyUpdated, Run, RunMemory, ShardUpdate, Weights, gather_gradients, publish, unit_name,
+    AlreadyUpdated, Publication, Run, RunMemory, ShardUpdate, Weights, gather_gradients, unit_name,
 };
 pub use reduce::{Exchange, reduce_unit};
 pub use reduction_order::ReductionOrder;

@@ -6,7 +6,7 @@ use deepspeed_comm::{CommError, Group, PiecesMut};
 use deepspeed_core::{AlignedBuffer, DType, Layout, ParamId, Rank, SpanMut, Unit, UnitId};
 use deepspeed_kernels::parallel::Workers;
 
-use crate::{OffloadedState, UnitShard, ZeroError};
+use crate::{OffloadedState, StreamedUnit, UnitShard, ZeroError};
 
 /// Consecutive elements of a shard that share an optimizer parameter group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,60 +145,61 @@ struct ShardView<'a> {
     state: Vec<&'a mut [f32]>,
 }
 
-/// What an update works with.
-struct Publication<'a> {
-    group: &'a dyn Group,
-    layout: &'a Layout,
-    update: &'a dyn ShardUpdate,
-    workers: &'a Workers,
-}
-
-/// Updates the caller's shard of every unit, and with it the `weights` of every rank that has whole ones. `offloaded` has
-/// the masters and state of the first units, if any lie on a disk.
-///
-/// With one worker, update and exchange are one pass over memory. With more, and in a world of one, the workers update
-/// the shard first, and what is exchanged is its cast.
-///
-/// # Errors
-/// [`CommError`], as [`Group::all_gather`]; what the disk says.
-pub fn publish(
-    group: &dyn Group,
-    layout: &Layout,
-    shards: &mut [UnitShard],
-    offloaded: Option<&mut OffloadedState>,
-    weights: &mut Weights<'_, '_>,
-    update: &dyn ShardUpdate,
-    workers: &Workers,
-) -> Result<(), ZeroError> {
-    let publication = Publication { group, layout, update, workers };
-    let mut next = 0;
-    if let Some(offloaded) = offloaded {
-        offloaded.update(|unit, master, state| {
-            next = unit + 1;
-            let gradient = shards[unit].gradient.as_f32_mut();
-            publication.unit(&layout.units[unit], &mut ShardView { gradient, master, state }, weights)
-        })?;
-    }
-    for unit in &layout.units[next..] {
-        let UnitShard { gradient, master, state, .. } = &mut shards[unit.id.index()];
-        let mut view = ShardView {
-            gradient: gradient.as_f32_mut(),
-            master: master.as_mut().map(AlignedBuffer::as_f32_mut),
-            state: state.iter_mut().map(AlignedBuffer::as_f32_mut).collect(),
-        };
-        publication.unit(unit, &mut view, weights)?;
-    }
-    Ok(())
+/// What an update of all units works with.
+pub struct Publication<'a> {
+    /// The ranks that update together.
+    pub group: &'a dyn Group,
+    /// The units.
+    pub layout: &'a Layout,
+    /// The optimizer.
+    pub update: &'a dyn ShardUpdate,
+    /// The threads of this rank.
+    pub workers: &'a Workers,
+    /// Hears of each unit that is done.
+    pub updated: &'a dyn Fn(UnitId) -> Result<(), CommError>,
 }
 
 impl Publication<'_> {
+    /// Updates the caller's shard of every unit, and with it the `weights` of every rank that has whole ones. `offloaded` has
+    /// the masters and state of the first units, if any lie on a disk.
+    ///
+    /// With one worker, update and exchange are one pass over memory. With more, and in a world of one, the workers update
+    /// the shard first, and what is exchanged is its cast.
+    ///
+    /// # Errors
+    /// [`CommError`], as [`Group::all_gather`]; what the disk says.
+    pub fn publish(
+        &self,
+        shards: &mut [UnitShard],
+        offloaded: Option<&mut OffloadedState>,
+        weights: &mut Weights<'_, '_>,
+    ) -> Result<(), ZeroError> {
+        let mut next = 0;
+        if let Some(offloaded) = offloaded {
+            offloaded.update(true, |StreamedUnit { unit, master, state, gradient }| {
+                next = unit + 1;
+                self.unit(&self.layout.units[unit], &mut ShardView { gradient, master, state }, weights)
+            })?;
+        }
+        for unit in &self.layout.units[next..] {
+            let UnitShard { gradient, master, state, .. } = &mut shards[unit.id.index()];
+            let mut view = ShardView {
+                gradient: gradient.as_f32_mut(),
+                master: master.as_mut().map(AlignedBuffer::as_f32_mut),
+                state: state.iter_mut().map(AlignedBuffer::as_f32_mut).collect(),
+            };
+            self.unit(unit, &mut view, weights)?;
+        }
+        Ok(())
+    }
+
     fn unit(
         &self,
         unit: &Unit,
         shard: &mut ShardView<'_>,
         weights: &mut Weights<'_, '_>,
     ) -> Result<(), ZeroError> {
-        let Self { group, layout, update, workers } = *self;
+        let Self { group, layout, update, workers, updated } = *self;
         let alone = group.world() == 1 || matches!(weights, Weights::Shards(_));
         let own_range = unit.shard(group.rank());
         let mut parts = UnitWeights::of(unit, &own_range, weights);
@@ -210,9 +211,9 @@ impl Publication<'_> {
             }
         }
         if alone {
-            return Ok(());
+            return Ok(updated(unit.id)?);
         }
-        let updated = workers.threads() > 1;
+        let already = workers.threads() > 1;
         let mut output = PiecesMut { len: unit.len(), runs: parts.others };
         let mut own = parts.own;
         if !in_place {
@@ -229,11 +230,12 @@ impl Publication<'_> {
                 }
                 let out = slot.slice_mut(part.start - range.start, part.len());
                 let own = own.get_mut(index).map(|(_, span)| span);
-                update_part(*run, part, shard, own, out, if updated { &AlreadyUpdated } else { update });
+                update_part(*run, part, shard, own, out, if already { &AlreadyUpdated } else { update });
             }
         };
         let what = unit_name(layout, unit);
-        Ok(group.all_gather(&what, unit.dtype, &mut produce, &mut output)?)
+        group.all_gather(&what, unit.dtype, &mut produce, &mut output)?;
+        Ok(updated(unit.id)?)
     }
 }
 

@@ -22,6 +22,16 @@ impl UnitShard {
         Self { gradient, square_sum: 0.0, master: None, state: Vec::new() }
     }
 
+    /// A shard that lies on a device: nothing is here.
+    pub fn elsewhere() -> Self {
+        Self {
+            gradient: AlignedBuffer::zeroed(0, DType::F32),
+            square_sum: 0.0,
+            master: None,
+            state: Vec::new(),
+        }
+    }
+
     /// The zeroed shard of `unit` with `state_count` per-element state tensors.
     pub fn new(unit: &Unit, state_count: usize) -> Self {
         let zeros = || AlignedBuffer::zeroed(unit.shard_len, DType::F32);

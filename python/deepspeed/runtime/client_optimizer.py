@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +54,13 @@ class ClientOptimizer:
         self._shards: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         replaced: dict[int, list[torch.Tensor]] = {id(p): [] for p in trained.tensors}
-        for index, offset, length, gradient, master in native.client_shards():
+        for index, offset, length, gradient, master in _shards(native):
             self._fragments.append(_Fragment(index, offset, length))
             if self._whole:
                 continue
             p = trained.tensors[index]
-            weights = p.data.view(-1)[offset : offset + length] if master is None else _floats(master, length, native)
-            tensor = torch.nn.Parameter(weights)
-            self._shards.append((tensor, _floats(gradient, length, native)))
+            tensor = torch.nn.Parameter(p.data.view(-1)[offset : offset + length] if master is None else master)
+            self._shards.append((tensor, gradient))
             replaced[id(p)].append(tensor)
         if self._whole:
             for p in trained.tensors:
@@ -182,6 +181,18 @@ def _is_sliceable(key: str, value: Any, tensor: torch.Tensor) -> bool:
     """Whether a checkpoint holds a value of the state as slices of the parameter."""
     floats = (torch.float32, torch.bfloat16, torch.float16)
     return is_elementwise(key, value, tensor.shape) and value.dtype in floats
+
+
+def _shards(native: _native.Engine) -> Iterator[tuple[int, int, int, torch.Tensor, torch.Tensor | None]]:
+    """Per fragment of a parameter in this rank's shards: its index, first element and length, gradients and masters, or
+    None where the parameter's own memory is the master."""
+    on_device = native.client_tensors()
+    if on_device is not None:
+        yield from on_device
+        return
+    for index, offset, length, gradient, master in native.client_shards():
+        masters = None if master is None else _floats(master, length, native)
+        yield index, offset, length, _floats(gradient, length, native), masters
 
 
 def _floats(address: int, length: int, owner: _native.Engine) -> torch.Tensor:

@@ -21,6 +21,7 @@ from deepspeed.runtime import process_group
 from deepspeed.runtime.agreement import check_agreement
 from deepspeed.runtime.carried_state import describe_state
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.devices import moves_memory_of, torch_device
 from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
 from deepspeed.runtime.engine_states import StateMethods
@@ -30,7 +31,7 @@ from deepspeed.runtime.unit_hooks import UnitHooks
 from deepspeed.runtime.zero.gather_hooks import GatherHooks
 from deepspeed.runtime.zero.gathered_weights import gather_weights, let_go, unshare_drafts, whole_state_dict
 from deepspeed.runtime.zero.sharded_parameter import is_sharded
-from deepspeed.runtime.zero.shared_weights import share_weights
+from deepspeed.runtime.zero.shared_weights import give_back_after_use, share_weights
 from deepspeed.runtime.zero_optimizer import DESTROYED, DeepSpeedZeroOptimizer
 from deepspeed.utils.logging import log_dist, logger
 from deepspeed.utils.tensor_fragment import TrainedBy
@@ -74,7 +75,6 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         self.dp_world_size = self.seq_dp_world_size = self.world_size
         self.mp_world_size = 1
         self.loaded_checkpoint_dp_world_size: int | None = None
-        self.device = torch.device("cpu")
         self.training_dataloader = None
         self.losses: torch.Tensor | None = None
         self._compiled = False
@@ -83,12 +83,13 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         self._loss_scaled = False
         self._without_sync = False
         self._gather_hooks: GatherHooks | None = None
+        self._page_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
         group = process_group.native_group()
         self._group: _native.Group | None = group  # until destroy()
         native_config = self._config.native
         self._trained = TrainedParameters(model)
-        self._trained.check_devices()
+        self.device = self._trained.device()
         self._broadcast_model(group)
         if self._config.zero_optimization_stage < 3:
             unshare_drafts(model)
@@ -108,6 +109,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
             group=group,
             threads=torch.get_num_threads(),
             ranks_per_host=process_group.ranks_per_host(),
+            device=torch_device(self.device),
+            direct=moves_memory_of(self.device),
         )
         # The optimizer is wrapped before the cast: the masters of a client's optimizer keep the original precision.
         self.optimizer = self._wrap_optimizer()
@@ -117,6 +120,9 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
             self._gather_hooks = gather_weights(self._native, group, model, self._trained, frozen)
         elif self._native.keeps_weights():
             share_weights(self._native, group, self._trained, frozen, native_config.compute_dtype)
+            self._page_hooks = give_back_after_use(self._native, model, [*self._trained.tensors, *frozen.values()])
+        else:
+            self._native.adopt_parameters()
         cast_floating(model, native_config.compute_dtype)
         for index, parameter in enumerate(self._trained.tensors):
             parameter._ds_trained_by = TrainedBy(self, self._native, index)  # type: ignore[attr-defined]
@@ -503,6 +509,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         if self.optimizer is not None:
             self.optimizer.destroy()
         self._unit_hooks.remove()
+        for handle in self._page_hooks:
+            handle.remove()
         if self._gather_hooks is not None:
             self._gather_hooks.remove()
             let_go(self.module.parameters())

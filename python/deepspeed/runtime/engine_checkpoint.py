@@ -83,6 +83,7 @@ class CheckpointMethods:
             slices=slices,
             frozen=self._frozen(),
             exclude_frozen=exclude_frozen_parameters,
+            tied=self._tied_names(),
             buffers=self._saved_buffers(),
             blobs=[("client_state", _pack(dict(state or {}))), ("python", _pack(python_state))],
             face=json.dumps({"module": type(self.module).__name__}),
@@ -225,6 +226,15 @@ class CheckpointMethods:
     def _saved_buffers(self) -> dict[str, torch.Tensor]:
         saved = self.module.state_dict(keep_vars=True)
         return {name: b.contiguous() for name, b in self.module.named_buffers() if name in saved}
+
+    def _tied_names(self) -> list[tuple[str, str]]:
+        """(other name, name) of parameters and saved buffers that the module has under several names."""
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        saved = self.module.state_dict(keep_vars=True)
+        buffers = [it for it in self.module.named_buffers(remove_duplicate=False) if it[0] in saved]
+        first: dict[int, str] = {}
+        names = [(name, first.setdefault(id(tensor), name)) for name, tensor in [*parameters, *buffers]]
+        return [(other, name) for other, name in names if other != name]
 
     def _load_buffers(self, loaded: LoadedCheckpoint, strict: bool) -> None:
         for name, buffer in self.module.named_buffers():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deepspeed.runtime.devices import device_of
 from deepspeed.utils.logging import logger
 
 
@@ -28,14 +29,9 @@ class TrainedParameters:
         self.groups: list[int] = []
         self.frozen: dict[str, torch.nn.Parameter] = {}
 
-    def check_devices(self) -> None:
-        """Raises unless all parameters are where this build trains."""
-        for name, parameter in self._all.items():
-            if parameter.device.type != "cpu":
-                raise ValueError(
-                    f"parameter `{name}` is on {parameter.device}; this build trains on the CPU. Keep the model there "
-                    "and set DS_ACCELERATOR=cpu (training on an accelerator is not built yet)"
-                )
+    def device(self) -> torch.device:
+        """Where all of the module's parameters are."""
+        return device_of(self._all)
 
     def select(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Keeps what `optimizer` updates; with None, everything that requires a gradient."""

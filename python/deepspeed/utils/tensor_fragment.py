@@ -57,7 +57,7 @@ def _get_full(parameter: torch.nn.Parameter, kind: str) -> torch.Tensor | None:
         return parameter.detach().clone()
     output = torch.empty(true_shape(parameter), dtype=torch.float32)
     found = _native.read_whole_state(owner.native(), owner.index, kind, owner.groups(), output)
-    return output if found else None
+    return output.to(parameter.device) if found else None
 
 
 def _part(parameter: torch.nn.Parameter, owner: TrainedBy) -> slice:
@@ -77,8 +77,8 @@ def _set(parameter: torch.nn.Parameter, value: torch.Tensor, kind: str) -> None:
 def _set_part(parameter: torch.nn.Parameter, part: torch.Tensor, kind: str) -> None:
     owner = _owner(parameter)
     native = owner.native()
-    part = part.detach().float().contiguous()
-    if not (kind == "fp32" and parameter.dtype == torch.float32 and not native.keeps_weights()):
+    part = part.detach().float().cpu().contiguous()
+    if not (kind == "fp32" and parameter.dtype == torch.float32 and native.masters_in_place()):
         _native.write_own_state(native, owner.index, kind, owner.groups(), part)
         if kind == "fp32" and is_gathered(parameter):
             home: Any = parameter.ds_home  # type: ignore[attr-defined]
@@ -129,7 +129,7 @@ def _get_local(parameter: torch.nn.Parameter, kind: str) -> torch.Tensor | None:
         return parameter.detach().reshape(-1)[part].clone()
     output = torch.empty(part.stop - part.start, dtype=torch.float32)
     found = _native.read_own_state(owner.native(), owner.index, kind, owner.groups(), output)
-    return output if found else None
+    return output.to(parameter.device) if found else None
 
 
 def safe_get_local_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:

@@ -69,6 +69,12 @@ impl Model {
             stage: 2,
             dtype: DType::BF16,
             params: self.records(),
+            tied: self
+                .params
+                .first()
+                .map(|it| ("head.weight".to_owned(), it.name.clone()))
+                .into_iter()
+                .collect(),
             state: serde_json::json!({ "global_steps": self.seed, "scale": 1.5 }),
             frozen_excluded: false,
         }

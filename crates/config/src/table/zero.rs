@@ -171,12 +171,11 @@ pub(super) const SETTINGS: &[Setting] = &[
         "Elements in a buffer for nvme.",
         MAPPED,
     ),
-    no_effect(
+    built(
         "zero_optimization.offload_param.max_in_cpu",
         Kind::COUNT,
         "1000000000",
-        "Elements of a rank that stay in the host's memory with nvme.",
-        MAPPED,
+        "Elements of a rank's part that stay in the host's memory with nvme; the others leave it after each use.",
     ),
     no_effect(
         "zero_optimization.offload_param.pin_memory",

@@ -71,6 +71,8 @@ pub struct SaveRequest<'a> {
     pub frozen: &'a [Frozen<'a>],
     /// Whether to leave those out.
     pub exclude_frozen: bool,
+    /// Other names of parameters and tensors: (other name, name).
+    pub tied: &'a [(String, String)],
     /// Buffers and whatever else is whole on every rank.
     pub tensors: &'a [TensorSource<'a>],
     /// Bytes of this rank that only the face understands.
@@ -260,6 +262,7 @@ impl Engine {
             stage: self.settings.stage.number(),
             dtype: self.settings.precision,
             params: self.layout.params.iter().map(ParamRecord::from).chain(sharded).chain(frozen).collect(),
+            tied: request.tied.to_vec(),
             state: {
                 let mut state = self.state();
                 state["face"] = request.face.clone();

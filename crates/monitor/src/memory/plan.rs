@@ -196,8 +196,11 @@ impl Table {
         };
         self.held(one_copy, Kind::Weights, home, held.bytes());
         let live = match home {
-            // The file is read, and its memory given back, unit by unit.
-            Tier::Nvme => facts.params.largest_unit.saturating_mul(UNITS_IN_USE),
+            // The file is read, and its memory given back, unit by unit, but for what is to stay.
+            Tier::Nvme => {
+                let kept = to_u64(facts.offload_param.max_in_cpu).saturating_mul(self.local);
+                facts.params.largest_unit.saturating_mul(UNITS_IN_USE).saturating_add(kept)
+            }
             _ if one_copy && home == compute => 0,
             _ => facts.live_parameters.max(facts.params.largest_unit),
         };
@@ -225,8 +228,7 @@ impl Table {
             _ if facts.stage == 0 => (compute, compute),
             OffloadDevice::None => (compute, compute),
             OffloadDevice::Cpu => (Tier::Host, Tier::Host),
-            // Gradients are added up and judged before the state is read.
-            OffloadDevice::Nvme => (Tier::Nvme, Tier::Host),
+            OffloadDevice::Nvme => (Tier::Nvme, Tier::Nvme),
         };
         let ratio = offload.ratio.clamp(0.0, 1.0);
         let mut split = |kind, tier, bytes: u64| {
@@ -246,9 +248,10 @@ impl Table {
                 0 => 1,
                 sides => to_u64(offload.buffer_count).max(1 + sides),
             };
-            let buffers = slots * (facts.state_tensors + u64::from(trainable.narrow() > 0));
+            let buffers = slots * (facts.state_tensors + 1 + u64::from(trainable.narrow() > 0));
             let unit = facts.params.largest_unit.min(trainable.count()).div_ceil(facts.ranks());
-            self.own(Kind::OffloadBuffers, Tier::Host, fp32(unit, buffers));
+            // And one unit's gradients between their reduction and the disk.
+            self.own(Kind::OffloadBuffers, Tier::Host, fp32(unit, buffers + 1));
         }
     }
 

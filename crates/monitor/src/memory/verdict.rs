@@ -46,6 +46,8 @@ pub struct Change {
     /// Another place for the parameters.
     #[serde(serialize_with = "device")]
     pub offload_param: Option<OffloadDevice>,
+    /// Another `offload_param.max_in_cpu`.
+    pub max_in_cpu: Option<usize>,
     /// Whether checkpoints are written behind training.
     pub checkpoint_async: Option<bool>,
     /// Fewer ranks on each host.
@@ -115,6 +117,7 @@ impl Free {
 mod cost {
     pub(super) const SAVES_STAND_STILL: u32 = 1;
     pub(super) const STAGE: u32 = 2;
+    pub(super) const NOTHING_KEPT: u32 = 4;
     pub(super) const LIVE_PARAMETERS: u32 = 8;
     pub(super) const OPTIMIZER_ON_CPU: u32 = 16;
     pub(super) const PARAM_ON_CPU: u32 = 32;
@@ -250,12 +253,16 @@ fn param_options(facts: &Facts, stage: u8) -> Vec<(u32, OffloadParamConfig)> {
     if stage < 3 {
         return options;
     }
+    if here.device == OffloadDevice::Nvme && here.max_in_cpu > 0 {
+        options.push((cost::NOTHING_KEPT, OffloadParamConfig { max_in_cpu: 0, ..here.clone() }));
+    }
     options.extend(further(here.device).map(|device| {
         let price = match device {
             OffloadDevice::Nvme => cost::PARAM_ON_NVME,
             _ => cost::PARAM_ON_CPU,
         };
-        (price, OffloadParamConfig { device, ..here.clone() })
+        let max_in_cpu = if device == OffloadDevice::Nvme { 0 } else { here.max_in_cpu };
+        (price, OffloadParamConfig { device, max_in_cpu, ..here.clone() })
     }));
     options
 }
@@ -273,6 +280,7 @@ impl Change {
             live_parameters: changed(&old.live_parameters, &new.live_parameters),
             offload_optimizer: changed(&old.offload_optimizer.device, &new.offload_optimizer.device),
             offload_param: changed(&old.offload_param.device, &new.offload_param.device),
+            max_in_cpu: changed(&old.offload_param.max_in_cpu, &new.offload_param.max_in_cpu),
             checkpoint_async: changed(&old.checkpoint_copy, &new.checkpoint_copy),
             ranks_per_host: changed(&old.local(), &new.local()),
             hosts: changed(&hosts(old), &hosts(new)),
@@ -290,7 +298,8 @@ impl Change {
             device => vec![("device", format!("\"{device}\""))],
         };
         let optimizer = self.offload_optimizer.iter().flat_map(device).collect();
-        let param = self.offload_param.iter().flat_map(device).collect();
+        let kept = self.max_in_cpu.map(|elements| ("max_in_cpu", elements.to_string()));
+        let param = self.offload_param.iter().flat_map(device).chain(kept).collect();
         let settings = [
             self.stage.map(|stage| ("stage", stage.to_string())),
             self.live_parameters.map(|live| ("stage3_max_live_parameters", live.to_string())),

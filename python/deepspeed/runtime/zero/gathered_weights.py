@@ -151,9 +151,12 @@ def gather_weights(
             p.ds_home.end_read([p])
     hooks = GatherHooks(native, module, parameters)
     home = GatheredHome(group, hooks)
-    parts = hooks.native.own_parts()
-    for parameter, (address, length) in zip(parameters, parts, strict=True):
-        mark_sharded(parameter, home, _part(address, length, parameter.dtype))
+    own = native.own_tensors()
+    if own is None:
+        addresses = zip(parameters, hooks.native.own_parts(), strict=True)
+        own = [_part(address, length, p.dtype) for p, (address, length) in addresses]
+    for parameter, part in zip(parameters, own, strict=True):
+        mark_sharded(parameter, home, part)
     return hooks
 
 

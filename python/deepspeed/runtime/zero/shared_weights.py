@@ -88,6 +88,27 @@ def share_weights(
             mark_sharded(parameter, home)
 
 
+def give_back_after_use(
+    native: _native.Engine, module: torch.nn.Module, parameters: list[torch.nn.Parameter]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Weights in a file leave memory when forward is done with their unit: one hook per unit, on the module that owns its
+    last parameter. (When backward is, the engine knows itself.)"""
+    owners = {id(p): owner for owner in module.modules() for p in owner.parameters(recurse=False)}
+
+    def hook(unit: int) -> Callable[..., None]:
+        # The module must not hold the engine.
+        engine = weakref.ref(native)
+
+        def used(*_arguments: Any) -> None:
+            alive = engine()
+            if alive is not None:
+                alive.give_back_unit(unit)
+
+        return used
+
+    return [owners[id(parameters[last])].register_forward_hook(hook(unit)) for unit, last in native.units_given_back()]
+
+
 def alias(parameter: torch.nn.Parameter, address: int, dtype: torch.dtype, owner: Any) -> None:
     """Makes `parameter` a view of memory that lives as long as `owner`."""
     memory = (ctypes.c_uint8 * (parameter.numel() * dtype.itemsize)).from_address(address)

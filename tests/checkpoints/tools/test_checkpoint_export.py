@@ -1,0 +1,170 @@
+"""`deepspeed checkpoint export`: files that other libraries read, with the bits of the masters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from saved import DEEPSPEED, checkpoint_command, fresh_model, save
+
+BUFFERS = ("table", "half_table", "seen")
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors, by way of the index if there is one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return safetensors.torch.load_file(folder / "model.safetensors")
+    where = json.loads(index.read_text())["weight_map"]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, file in where.items():
+        with safetensors.safe_open(folder / file, framework="pt") as opened:
+            tensors[name] = opened.get_tensor(name)
+    return tensors
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+    assert found.contiguous().flatten().view(torch.uint8).tolist() == (
+        expected.contiguous().flatten().view(torch.uint8).tolist()
+    ), name
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "precision"), [(1, 0, "bf16"), (2, 2, "bf16"), (3, 3, "fp16"), (4, 1, "fp32")]
+)
+def test_the_exported_weights_are_the_masters(tmp_path: Path, world: int, stage: int, precision: str) -> None:
+    masters = save(tmp_path / "saves", world, stage, precision)
+    done = checkpoint_command("export", tmp_path / "saves", tmp_path / "whole").check()
+    assert done.stdout.splitlines()[0] == str(tmp_path / "whole/model.safetensors")
+    checkpoint_command("export", tmp_path / "saves", tmp_path / "parts", "--max-shard-size", "3KB").check()
+    parts = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert len(parts) > 3 and parts[0] == f"model-00001-of-{len(parts) - 1:05}.safetensors"
+    model = fresh_model()
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        tensors = read(folder)
+        assert set(tensors) == {*masters, *BUFFERS}
+        for name, master in masters.items():
+            assert_same(tensors[name], master, name)
+        assert_same(tensors["seen"], torch.tensor(41), "seen")
+        assert_same(tensors["half_table"], torch.ones(3).bfloat16().div(3).float(), "half_table")
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        assert (missing, unexpected) == (["head.weight"], [])
+        assert_same(model.head.weight.data, masters["token.weight"], "tied")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_other_dtypes(tmp_path: Path, dtype: str) -> None:
+    masters = save(tmp_path / "saves")
+    checkpoint_command("export", tmp_path / "saves", tmp_path / "out", "--dtype", dtype).check()
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    tensors = read(tmp_path / "out")
+    for name, master in masters.items():
+        assert_same(tensors[name], master.to(torch_dtype), name)
+    assert tensors["table"].dtype == torch.float32 and tensors["half_table"].dtype == torch.bfloat16
+
+
+def test_tied_names_are_where_the_libraries_look(tmp_path: Path) -> None:
+    masters = save(tmp_path / "saves", 1)
+    checkpoint_command("export", tmp_path / "saves", tmp_path / "out").check()
+    with safetensors.safe_open(tmp_path / "out/model.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", "head.weight": "token.weight"}
+    # Both of them are strict: they know that head.weight is token.weight.
+    model = fresh_model()
+    safetensors.torch.load_model(model, tmp_path / "out/model.safetensors")
+    assert_same(model.head.weight.data, masters["token.weight"], "safetensors")
+    from huggingface_hub import load_torch_model
+
+    checkpoint_command("export", tmp_path / "saves", tmp_path / "parts", "--max-shard-size", "3KB").check()
+    for folder in ("out", "parts"):
+        model = fresh_model()
+        result = load_torch_model(model, tmp_path / folder, strict=False)
+        assert result.unexpected_keys == []
+        assert_same(model.head.weight.data, masters["token.weight"], folder)
+
+
+def test_frozen_parameters(tmp_path: Path) -> None:
+    save(tmp_path / "saves", 2)
+    checkpoint_command("export", tmp_path / "saves", tmp_path / "out", "--exclude-frozen").check()
+    assert "frozen_scale" not in read(tmp_path / "out")
+    save(tmp_path / "without", 2, exclude_frozen=True)
+    done = checkpoint_command("export", tmp_path / "without", tmp_path / "other").check()
+    assert "saved without 1 frozen parameter(s), and so is the model: `frozen_scale`" in done.stderr
+    assert "frozen_scale" not in read(tmp_path / "other")
+
+
+def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
+    save(tmp_path / "saves", 1)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    checkpoint_command("export", tmp_path / "saves", out, "--max-shard-size", "3KB").check()
+    before = sorted(path.name for path in out.iterdir())
+    done = checkpoint_command("export", tmp_path / "saves", out)
+    assert done.code == 1 and "already exists" in done.stderr and "--overwrite" in done.stderr
+    assert sorted(path.name for path in out.iterdir()) == before
+    checkpoint_command("export", tmp_path / "saves", out, "--overwrite").check()
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_damaged_checkpoint_gives_no_model(tmp_path: Path) -> None:
+    save(tmp_path / "saves", 2)
+    path = tmp_path / "saves/global_step2/optimizer-rank-00001-of-00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    done = checkpoint_command("export", tmp_path / "saves", tmp_path / "out")
+    assert done.code == 1 and path.name in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["saves"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    save(tmp_path / "saves", 1)
+    limited = ["sh", "-c", 'ulimit -f 4; trap "" XFSZ; exec "$@"', "sh", str(DEEPSPEED), "checkpoint", "export"]
+    done = subprocess.run([*limited, tmp_path / "saves", tmp_path / "out"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "File too large" in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["saves"]
+
+
+def _save_something_larger(folder: str) -> None:
+    import deepspeed
+
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(24)])
+    settings = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    deepspeed.initialize(model=model, config=settings)[0].save_checkpoint(folder, "large")
+
+
+def test_a_killed_export_leaves_nothing_that_stays(tmp_path: Path) -> None:
+    from harness import run_ranks
+
+    run_ranks(_save_something_larger, 1, str(tmp_path / "saves"))
+    out = tmp_path / "out"
+    command = [str(DEEPSPEED), "checkpoint", "export", str(tmp_path / "saves"), str(out)]
+    killed = 0
+    for _ in range(20):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 10
+        while time.monotonic() < until and process.poll() is None:
+            if any(path.name.startswith(".out.part-") and path.is_dir() for path in tmp_path.iterdir()):
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        killed += process.wait() == -signal.SIGKILL
+        if killed and not out.exists():
+            break
+        if out.exists():
+            (out / "model.safetensors").unlink()
+            out.rmdir()
+    assert killed, "no run was caught while it wrote"
+    assert not out.exists()
+    checkpoint_command("export", tmp_path / "saves", out).check()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saves"]
+    assert len(read(out)) == 48
