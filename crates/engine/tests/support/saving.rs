@@ -20,6 +20,7 @@ pub fn save(replica: &mut Replica, dir: &Path, tag: &str) -> Result<Saved, Strin
         slices: &[],
         frozen: &[],
         exclude_frozen: false,
+        tied: &[],
         tensors: &[],
         blobs: &[],
         face: serde_json::json!({ "micro": replica.micro }),
