@@ -16,8 +16,6 @@ from harness import run_outcomes, run_ranks
 from original_cases import all_cases, client_state
 from original_model import AFTER, BEFORE, batch, build, client_optimizer, groups, train
 
-from harness import run_ranks
-
 HERE = Path(__file__).parent
 CASES = all_cases()
 # Relative, for losses of the 5 steps after the checkpoint.

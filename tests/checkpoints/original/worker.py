@@ -16,8 +16,6 @@ import deepspeed
 from original_cases import all_cases, client_state
 from original_model import AFTER, BEFORE, build, client_optimizer, groups, train
 
-import deepspeed
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
