@@ -70,6 +70,9 @@ class Config:
     def differences(self) -> str:
         """The settings that differ from their defaults, a line each."""
 
+    def unbuilt_on_a_device(self) -> list[tuple[str, str]]:
+        """What the config asks for that the engine cannot do on an accelerator: (setting, what it needs)."""
+
     def attributes(self) -> dict[str, Any]:
         """The settings under the attribute names of DeepSpeedConfig."""
 
@@ -327,6 +330,12 @@ class Engine:
     def client_tensors(self) -> list[tuple[int, int, int, torch.Tensor, torch.Tensor]] | None:
         """On a device that has the state: for a client's optimizer on shards, per fragment of a parameter, its index,
         first element, number of elements, fp32 gradients and masters. None elsewhere."""
+
+    def offload_states(self, kinds: Sequence[str]) -> bool:
+        """Moves state of these kinds off the device, until `reload_states`. False where there is no device."""
+
+    def reload_states(self) -> None:
+        """Takes `offload_states` back."""
 
     def own_tensors(self) -> list[torch.Tensor] | None:
         """On a device, at stage 3: this rank's part of each parameter's weights. None elsewhere."""

@@ -184,6 +184,17 @@ impl PyEngine {
         self.device.as_ref().map_or(Ok(()), |device| device.adopt_parameters(py))
     }
 
+    /// Moves state of these kinds off the device, until `reload_states`. False where there is no device.
+    fn offload_states(&self, py: Python<'_>, kinds: Vec<String>) -> PyResult<bool> {
+        let Some(device) = &self.device else { return Ok(false) };
+        device.evict(py, &kinds).map(|()| true)
+    }
+
+    /// Takes `offload_states` back.
+    fn reload_states(&self, py: Python<'_>) -> PyResult<()> {
+        self.device.as_ref().map_or(Ok(()), |device| device.reload(py))
+    }
+
     /// On a device that has the state: for a client's optimizer on shards, per fragment of a parameter, (index of the
     /// parameter, first element in it, number of elements, fp32 gradients, fp32 masters). None elsewhere.
     fn client_tensors(&self, py: Python<'_>) -> PyResult<Option<ClientTensors>> {

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepspeed import _native
+from deepspeed.runtime.devices import on_host
 from deepspeed.runtime.zero.gathered_weights import whole_state_dict
 from deepspeed.utils.logging import log_dist, logger, warning_once
 
@@ -36,6 +37,7 @@ class CheckpointMethods:
     """Mixed into the engine."""
 
     module: torch.nn.Module
+    device: torch.device
     _native: Engine
     _group: Any
     _trained: TrainedParameters
@@ -81,7 +83,7 @@ class CheckpointMethods:
             save_latest=save_latest,
             param_groups=self._group_options(),
             slices=slices,
-            frozen=self._frozen(),
+            frozen=on_host(self._frozen()),
             exclude_frozen=exclude_frozen_parameters,
             tied=self._tied_names(),
             buffers=self._saved_buffers(),
@@ -132,6 +134,7 @@ class CheckpointMethods:
                         weights; `src` is the whole state dict. Masters and optimizer state come from the checkpoint by
                         name; where the function made other weights, the masters follow these.
         """
+        frozen = on_host(self._frozen())
         loaded = _native.open_checkpoint(
             self._native,
             load_dir=os.fspath(load_dir),
@@ -160,10 +163,13 @@ class CheckpointMethods:
             optimizer_states=load_optimizer_states,
             strict=load_module_strict,
             param_groups=self._group_options(),
-            frozen=self._frozen(),
+            frozen=frozen,
         )
         client = self._client()
         if custom_load_fn is None:
+            for name, tensor in self._frozen().items():
+                if tensor.device.type != "cpu":
+                    tensor.copy_(frozen[name])
             self._weights_changed()
             self._load_buffers(loaded, load_module_strict)
             if client is not None:
@@ -242,7 +248,7 @@ class CheckpointMethods:
 
     def _saved_buffers(self) -> dict[str, torch.Tensor]:
         saved = self.module.state_dict(keep_vars=True)
-        return {name: b.contiguous() for name, b in self.module.named_buffers() if name in saved}
+        return {name: b.cpu().contiguous() for name, b in self.module.named_buffers() if name in saved}
 
     def _load_by_function(self, loaded: LoadedCheckpoint, function: Callable[..., Any]) -> None:
         state = {name: _buffer(loaded, name, shape, dtype) for name, shape, dtype in loaded.buffers()}
@@ -282,7 +288,7 @@ class CheckpointMethods:
 
     def _state_to_save(self) -> tuple[list[tuple[int, str, int, torch.Tensor]], dict[str, Any]]:
         """Slices of a client optimizer's state, and what Python saves beside the client's own state."""
-        state: dict[str, Any] = {"random": _random_states(), "param_groups": self._group_options()}
+        state: dict[str, Any] = {"random": _random_states(self.device), "param_groups": self._group_options()}
         if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "state_dict"):
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
         client = self._client()
@@ -317,7 +323,7 @@ class CheckpointMethods:
         if scheduler and self.lr_scheduler is not None and "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if "random" in state:  # the original saves none
-            _set_random_states(state["random"])
+            _set_random_states(state["random"], self.device)
 
     def _load_groups(self, loaded: LoadedCheckpoint, saved: list[dict[str, Any]], foreign: bool) -> None:
         groups = self.basic_optimizer.param_groups
@@ -358,8 +364,10 @@ def _wait_for_saves() -> None:
         os._exit(1)
 
 
-def _random_states() -> dict[str, Any]:
+def _random_states(device: torch.device) -> dict[str, Any]:
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, position, has_gauss, gauss = numpy.random.get_state()
@@ -367,8 +375,10 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"], device)
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     numpy = sys.modules.get("numpy")

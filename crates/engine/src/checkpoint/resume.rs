@@ -6,6 +6,7 @@ use deepspeed_checkpoint::{Chosen, Source, choose, open_any, open_universal};
 use deepspeed_core::SpanMut;
 use deepspeed_optim::Hyper;
 
+use super::LoadOptions;
 use crate::{Engine, EngineError};
 
 impl Engine {
