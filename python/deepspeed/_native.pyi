@@ -64,6 +64,9 @@ class Config:
     def scheduler_class(self) -> tuple[str, dict[str, Any]] | None:
         """What `scheduler` names as ("module:class", arguments); None where the config has no scheduler."""
 
+    def weights_folder(self) -> Path | None:
+        """The folder in which weights lie while they are not used; None unless offload_param.device is nvme."""
+
     def differences(self) -> str:
         """The settings that differ from their defaults, a line each."""
 
@@ -286,6 +289,10 @@ class StepReport:
     def line(self) -> str | None:
         """The step line, where one is due."""
 
+    @property
+    def checkpoint(self) -> str | None:
+        """What became of a checkpoint that is being written behind training, when there is news."""
+
 @final
 class Engine:
     """The engine of one rank, and the torch parameters it trains.
@@ -475,6 +482,15 @@ class Engine:
     def give_back_freed() -> None:
         """Gives memory that the first weights took, and nobody holds any more, back to the system."""
 
+    def finish_save(self) -> str | None:
+        """Waits for a checkpoint that is being written behind training; what became of it, or None. Collective."""
+
+    def chosen(self) -> tuple[str, bool] | None:
+        """Why the checkpoint that was loaded last without a tag was chosen, and whether that is reason for a warning."""
+
+    def finish_save_alone(self) -> None:
+        """As `finish_save`, without the other ranks."""
+
     def stage(self) -> int:
         """The ZeRO stage."""
 
@@ -583,14 +599,14 @@ class SharedWeights:
         """Forgets what this rank alone has written to a tensor of a draft."""
 
 def share_draft(
-    group: Group, tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]]
+    group: Group, tensors: Sequence[tuple[str, torch.Tensor, torch.dtype]], folder: Path | None = None
 ) -> tuple[SharedWeights, list[int]]:
     """Moves tensors of a model that is being built, with the dtype to keep them in, into memory that all ranks share,
-    with rank 0's values. Returns what keeps the memory alive and each tensor's address."""
+    with rank 0's values; with a `folder`, into a file there. Returns what keeps the memory alive and each tensor's address."""
 
 @final
 class LoadedCheckpoint:
-    """A checkpoint whose weights and optimizer state are loaded, for what Python reads itself."""
+    """A checkpoint of any format, open for reading."""
 
     @property
     def tag(self) -> str:
@@ -599,6 +615,10 @@ class LoadedCheckpoint:
     @property
     def folder(self) -> Path:
         """The checkpoint's folder."""
+
+    @property
+    def format(self) -> str:
+        """The format in words."""
 
     @property
     def world_size(self) -> int:
@@ -610,12 +630,53 @@ class LoadedCheckpoint:
     def blob(self, name: str) -> bytes | None:
         """This rank's blob, or rank 0's where fewer ranks saved."""
 
+    def trusted_file(self) -> tuple[Path, list[str]] | None:
+        """The pickle in which this rank's client state lies among other things, and its keys there; None in a format
+        that keeps it apart."""
+
+    def weights(self) -> list[tuple[str, list[int], str]]:
+        """Name, shape and torch's dtype of every parameter whose weights are there."""
+
+    def tied(self) -> list[tuple[str, str]]:
+        """Other names of parameters: (other name, name)."""
+
     def read(self, name: str, kind: str, offset: int, tensor: torch.Tensor) -> bool:
         """Reads the elements of a parameter's `kind` from `offset` on into `tensor`, cast to its dtype. False if that
         was not saved."""
 
-    def buffer(self, name: str) -> bytes | None:
-        """The bytes of a buffer, or None if it was not saved."""
+    def buffers(self) -> list[tuple[str, list[int], str]]:
+        """Name, shape and torch's dtype of every buffer."""
+
+    def buffer(self, name: str) -> bytes:
+        """The bytes of a buffer."""
+
+@final
+class SavedCheckpoint:
+    """What a save did."""
+
+    @property
+    def tags_differ(self) -> bool:
+        """Whether ranks had different tags."""
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether it is written behind training, and not there yet."""
+
+    @property
+    def removed(self) -> list[str]:
+        """Tags of older checkpoints that were removed, on rank 0."""
+
+    @property
+    def problems(self) -> list[str]:
+        """Why others could not be."""
+
+def wait_for_saves() -> list[tuple[Path, str]]:
+    """Waits for every checkpoint of this process that is still being written. Returns the folders of those that failed
+    without anybody having been told, with the reason."""
 
 def save_checkpoint(
     engine: Engine,
@@ -632,8 +693,8 @@ def save_checkpoint(
     buffers: dict[str, torch.Tensor],
     blobs: Sequence[tuple[str, bytes]],
     face: str,
-) -> tuple[str, bool, Path]:
-    """Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
+) -> SavedCheckpoint:
+    """Saves the engine's state with what Python adds.
 
     slices   of a client's optimizer: (index of the parameter, kind such as "exp_avg", first element, values).
     frozen   parameters that are not trained, left out with `exclude_frozen`.
@@ -643,15 +704,20 @@ def save_checkpoint(
     face     JSON.
     """
 
+def open_checkpoint(
+    engine: Engine, *, load_dir: str | PathLike[str], tag: str | None, universal: bool
+) -> LoadedCheckpoint | None:
+    """Opens a checkpoint of any format; None if there is no `latest` that names one. Collective."""
+
 def load_checkpoint(
     engine: Engine,
+    checkpoint: LoadedCheckpoint,
     *,
-    load_dir: str | PathLike[str],
-    tag: str | None,
+    weights: bool,
     module_only: bool,
     optimizer_states: bool,
     strict: bool,
     param_groups: Sequence[Mapping[str, Any]],
     frozen: dict[str, torch.Tensor],
-) -> LoadedCheckpoint | None:
-    """Loads into the engine, its parameters and the `frozen` ones. None if there is no `latest` to load."""
+) -> None:
+    """Loads a checkpoint into the engine, its parameters (with `weights`) and the `frozen` ones. Collective."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,11 +144,12 @@ def test_gathering_around_a_step(tmp_path: Any) -> None:
         assert found[VARIANT] == found["2"]
 
 
-def built_under_init(case: str, how: str) -> tuple[Any, Any, bool]:
+def built_under_init(case: str, how: str, folder: str) -> tuple[Any, Any, bool]:
     """Four steps of a model built as usual, four of one built under Init, and whether that one was sharded."""
     import deepspeed
 
-    settings = config(VARIANT)
+    variant = "3 all on nvme" if how in ("nvme", "config's nvme") else VARIANT
+    settings = config(variant, folder=folder)
     plain = train(CASES[case], VARIANT, "fp32")
     if how == "module":
         model = build(CASES[case])
@@ -156,7 +158,7 @@ def built_under_init(case: str, how: str) -> tuple[Any, Any, bool]:
         with deepspeed.zero.Init(config_dict_or_path=settings), deepspeed.zero.Init(config_dict_or_path=settings):
             model = build(CASES[case])
     else:
-        remote_device = "cpu" if how == "cpu" else None
+        remote_device = how if how in ("cpu", "nvme") else None
         with deepspeed.zero.Init(config_dict_or_path=settings, remote_device=remote_device, enabled=how != "disabled"):
             # With "seeds" every rank has its own: rank 0's weights count.
             model = build(CASES[case], seed=SEED + (deepspeed.comm.get_rank() if how == "seeds" else 0))
@@ -181,13 +183,15 @@ def built_under_init(case: str, how: str) -> tuple[Any, Any, bool]:
         ("empty", "context"),
         ("gpt", "disabled"),
         ("convolutions", "context"),
+        ("gpt", "nvme"),
+        ("gpt", "config's nvme"),
         ("hugging face llama", "context"),
     ],
 )
-def test_a_model_built_under_init_trains_like_any_other(case: str, how: str) -> None:
+def test_a_model_built_under_init_trains_like_any_other(case: str, how: str, tmp_path: Path) -> None:
     if CASES[case].requires:
         pytest.importorskip(CASES[case].requires)
-    for plain, found, sharded in run_ranks(built_under_init, 2, case, how, deadline=90):
+    for plain, found, sharded in run_ranks(built_under_init, 2, case, how, str(tmp_path), deadline=90):
         assert sharded == (how != "disabled")
         assert found == plain
 

@@ -81,6 +81,16 @@ impl Draft {
         &self.folder
     }
 
+    /// The checkpoint directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The checkpoint's folder, once it is committed.
+    pub fn target(&self) -> PathBuf {
+        self.dir.join(&self.tag)
+    }
+
     /// What could not be done about leftovers of dead jobs. None of it hinders this save.
     pub fn warnings(&self) -> &[CheckpointError] {
         &self.warnings
@@ -102,9 +112,10 @@ impl Draft {
     ) -> Result<PathBuf> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let saved_at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-        let manifest = Manifest::new(parts, records, CHUNK_BYTES, saved_at_ms)
+        let manifest = Manifest::new(parts, records, CHUNK_BYTES, saved_at_ms, save_latest)
             .map_err(|problem| CheckpointError::Coverage { problem })?;
         self.check_files(&manifest)?;
+        self.remove_reports()?;
         let text = manifest.to_bytes();
         self.write_file(&self.folder.join(MANIFEST), &text)?;
         self.write_file(&self.folder.join(MANIFEST_CHECKSUM), manifest_checksum_text(&text).as_bytes())?;
@@ -124,6 +135,25 @@ impl Draft {
         Ok(target)
     }
 
+    /// As [`Draft::commit`] with `save_latest`, for a folder of another format: the files are what they are, written and
+    /// synced.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Occupied`], [`CheckpointError::Io`].
+    pub(crate) fn commit_files(mut self) -> Result<PathBuf> {
+        self.sync_dir(&self.folder)?;
+        let target = self.place()?;
+        self.sync_dir(&self.dir)?;
+        let (temporary, latest) = (self.temporary_latest(), self.dir.join(LATEST));
+        self.write_file(&temporary, self.tag.as_bytes())?;
+        self.disk.rename(&temporary, &latest).map_err(CheckpointError::io("replace", &latest))?;
+        self.sync_dir(&self.dir)?;
+        self.finished = true;
+        // As in `commit`.
+        let _ = self.remove();
+        Ok(target)
+    }
+
     /// Removes the draft.
     ///
     /// # Errors
@@ -131,6 +161,17 @@ impl Draft {
     pub fn abort(mut self) -> Result<()> {
         self.finished = true;
         self.remove()
+    }
+
+    /// Removes what threads of a save behind training told each other.
+    fn remove_reports(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.folder).map_err(CheckpointError::io("list", &self.folder))? {
+            let entry = entry.map_err(CheckpointError::io("list", &self.folder))?;
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                remove(&*self.disk, &entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     fn check_files(&self, manifest: &Manifest) -> Result<()> {
@@ -277,6 +318,10 @@ fn remove_leftovers(disk: &dyn Disk, dir: &Path) -> Vec<CheckpointError> {
 }
 
 fn remove_leftover(disk: &dyn Disk, dir: &Path, name: &str) -> Result<()> {
+    if tag::tag_of_removed(name).is_some() {
+        // Nothing but that is ever done with it; two who do it do not mind each other.
+        return remove(disk, &dir.join(name));
+    }
     let (tag, draft, aside) = match (tag::tag_of_draft(name), tag::tag_of_replaced(name)) {
         (Some(tag), _) => (tag, name.to_owned(), None),
         (_, Some(tag)) => (tag, name.replacen(".old-", ".tmp-", 1), Some(dir.join(name))),

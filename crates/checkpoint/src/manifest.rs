@@ -34,6 +34,10 @@ pub struct Manifest {
     pub writer: String,
     /// When it was committed, milliseconds since 1970 UTC.
     pub saved_at_ms: u64,
+    /// Whether `latest` was to name it: it is one to go on from, and retention may remove it. One that is kept aside says
+    /// false.
+    #[serde(default)]
+    pub save_latest: bool,
     /// Number of ranks that wrote it.
     pub world: usize,
     /// The ZeRO stage it was written at.
@@ -105,6 +109,7 @@ impl Manifest {
         records: &[RankRecord],
         chunk_bytes: u64,
         saved_at_ms: u64,
+        save_latest: bool,
     ) -> Result<Self, String> {
         let mut by_rank: Vec<Option<&RankRecord>> = vec![None; parts.world];
         for record in records {
@@ -125,6 +130,7 @@ impl Manifest {
             format_version: FORMAT_VERSION,
             writer: concat!("deepspeed ", env!("CARGO_PKG_VERSION")).to_owned(),
             saved_at_ms,
+            save_latest,
             world: parts.world,
             stage: parts.stage,
             dtype: parts.dtype.into(),

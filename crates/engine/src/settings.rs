@@ -59,6 +59,17 @@ pub struct Settings {
     pub weights_on_host: bool,
     /// At stage 3 where ranks share no memory: how much is whole at a time.
     pub gathering: GatherLimits,
+    /// How checkpoints are saved.
+    pub saving: SaveSettings,
+}
+
+/// How checkpoints are saved.
+#[derive(Clone, Debug, Default)]
+pub struct SaveSettings {
+    /// Copy everything, and write the copy behind training.
+    pub behind: bool,
+    /// How many complete checkpoints stay in the folder; `None` for all.
+    pub keep_last: Option<usize>,
 }
 
 impl Settings {
@@ -96,6 +107,7 @@ impl Default for Settings {
             state_on_host: false,
             weights_on_host: false,
             gathering: GatherLimits::default(),
+            saving: SaveSettings::default(),
         }
     }
 }
@@ -158,6 +170,7 @@ impl Settings {
                 model_persistence_threshold: config.zero.gathering.model_persistence_threshold,
                 module_granularity_threshold: config.zero.gathering.module_granularity_threshold,
             },
+            saving: SaveSettings { behind: config.checkpoint.behind, keep_last: config.checkpoint.keep_last },
         })
     }
 }

@@ -1,6 +1,8 @@
 //! ds_config.json for Python: parsing, judging and reading it are `deepspeed-config`'s.
 
-use deepspeed_config::{Config, ConfigError, Options, Origin, Resolved, TagValidation};
+use std::path::PathBuf;
+
+use deepspeed_config::{Config, ConfigError, OffloadDevice, Options, Origin, Resolved, TagValidation};
 use deepspeed_core::DType;
 use deepspeed_optim::{Hyper, OptimizerKind, Schedule};
 use pyo3::{create_exception, exceptions::PyValueError, prelude::*, types::PyDict};
@@ -101,6 +103,12 @@ impl PyConfig {
         let module = if ours { "deepspeed.runtime.lr_schedules" } else { "torch.optim.lr_scheduler" };
         let params = json::map_to_python(py, &scheduler.params)?;
         Ok(Some((format!("{module}:{}", scheduler.kind), params)))
+    }
+
+    /// The folder in which weights lie while they are not used; None unless offload_param.device is nvme.
+    fn weights_folder(&self) -> Option<PathBuf> {
+        let offload = &self.config.zero.offload_param;
+        offload.nvme_path.clone().filter(|_| offload.device == OffloadDevice::Nvme)
     }
 
     /// The settings that differ from their defaults, a line each.

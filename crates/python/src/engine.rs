@@ -57,12 +57,13 @@ pub(crate) struct PyStepReport {
     skipped: Option<String>,
     unused: Vec<String>,
     line: Option<String>,
+    checkpoint: Option<String>,
 }
 
 impl From<StepReport> for PyStepReport {
     fn from(report: StepReport) -> Self {
-        let StepReport { boundary, applied, skipped, unused, line } = report;
-        Self { boundary, applied, skipped, unused, line }
+        let StepReport { boundary, applied, skipped, unused, line, checkpoint } = report;
+        Self { boundary, applied, skipped, unused, line, checkpoint }
     }
 }
 
@@ -588,6 +589,23 @@ impl PyEngine {
     #[staticmethod]
     fn give_back_freed(py: Python<'_>) {
         py.detach(memory_plan::give_back_freed);
+    }
+
+    /// Waits for a checkpoint that is being written behind training; what became of it, or None. Collective.
+    fn finish_save(&mut self, py: Python<'_>) -> PyResult<Option<String>> {
+        let engine = &mut self.engine;
+        enter(py, || engine.finish_save())
+    }
+
+    /// Why the checkpoint that was loaded last without a tag was chosen, and whether that is reason for a warning.
+    fn chosen(&self) -> Option<(String, bool)> {
+        self.engine.chosen().map(|chosen| (chosen.why.clone(), chosen.unexpected))
+    }
+
+    /// As `finish_save`, without the other ranks.
+    fn finish_save_alone(&mut self, py: Python<'_>) -> PyResult<()> {
+        let engine = &mut self.engine;
+        enter(py, || engine.finish_save_alone())
     }
 
     /// The ZeRO stage.

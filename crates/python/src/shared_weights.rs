@@ -1,6 +1,6 @@
 //! Weights that the ranks of a host share, as Python holds them: what keeps them alive, who may write when.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use deepspeed_comm::{Access, CommError, Region};
 use deepspeed_core::{DType, Rank};
@@ -70,12 +70,14 @@ impl PySharedWeights {
 }
 
 /// Moves tensors (name, dense CPU tensor, dtype to keep it in) of a model that is being built into memory that all ranks
-/// share, with rank 0's values. Returns what keeps the memory alive and each tensor's address. Collective.
+/// share, with rank 0's values; with a `folder`, into a file there. Returns what keeps the memory alive and each tensor's address. Collective.
 #[pyfunction]
+#[pyo3(signature = (group, tensors, folder = None))]
 fn share_draft(
     py: Python<'_>,
     group: &PyGroup,
     tensors: Vec<(String, Bound<'_, PyAny>, Bound<'_, PyAny>)>,
+    folder: Option<PathBuf>,
 ) -> PyResult<(PySharedWeights, Vec<usize>)> {
     let mut sources = Vec::with_capacity(tensors.len());
     let mut bytes = 0;
@@ -95,7 +97,7 @@ fn share_draft(
         sources.iter().map(|(_, source, wanted, offset)| (*source, *wanted, *offset)).collect();
     let group = group.inner().clone();
     let region = enter(py, || {
-        let region = Region::share(&*group, &what, bytes, None, Access::Draft)?;
+        let region = Region::share(&*group, &what, bytes, folder.as_deref(), Access::Draft)?;
         if group.rank() == Rank(0) {
             for (source, wanted, offset) in plan {
                 // SAFETY: nobody else writes the region before the barrier below, and the caller holds the tensors.
@@ -105,6 +107,8 @@ fn share_draft(
             }
         }
         group.barrier(&what)?;
+        // Nobody has written to a private view yet, so that nothing is lost.
+        region.drop_pages(0, region.len())?;
         Ok::<_, CommError>(region)
     })?;
     let addresses = sources.iter().map(|(_, _, _, offset)| region.address() + offset).collect();

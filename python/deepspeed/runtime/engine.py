@@ -325,6 +325,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
             )
         if report.skipped is not None:
             log_dist(f"step {self.global_steps} skipped: {report.skipped}", ranks=[0], level=30)
+        if report.checkpoint is not None:
+            log_dist(report.checkpoint, ranks=[0])
         if report.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
         if report.line is not None and self.global_rank == 0:
@@ -498,7 +500,16 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
 
     def destroy(self) -> None:
         """Frees the engine's memory and its shared memory; the engine is of no use afterwards, the module is, but for
-        weights that are gathered from the ranks: copy what is needed of them within `zero.GatheredParameters` first."""
+        weights that are gathered from the ranks: copy what is needed of them within `zero.GatheredParameters` first.
+
+        Waits for a checkpoint that is being written behind training, and raises its error if it has one."""
+        try:
+            if self._native is not DESTROYED:
+                self._native.finish_save_alone()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
         if self.optimizer is not None:
             self.optimizer.destroy()
         self._unit_hooks.remove()

@@ -10,9 +10,9 @@
 //! Tensors pass through in pieces, so memory does not grow with the model or with the size of its files. The result is
 //! whole or absent.
 
+mod files;
 mod plan;
 mod read;
-mod safetensors;
 
 use std::{
     fs,
@@ -81,7 +81,7 @@ pub fn export(
     }
     let shards = plan.shards(options.max_shard_bytes);
     let mut output = Output::begin(out)?;
-    let names = safetensors::write(&mut output, source, &plan, &shards, progress)?;
+    let names = files::write(&mut output, source, &plan, &shards, progress)?;
     output.commit(&stale)?;
     Ok(Exported {
         files: names.iter().map(|name| out.join(name)).collect(),

@@ -50,13 +50,19 @@ pub(super) const SETTINGS: &[Setting] = &[
         "checkpoints on storage that hosts do not share",
         NonDefault,
     ),
-    not_built(
+    built(
         "checkpoint.async",
         Kind::Bool,
         "false",
-        "Write checkpoints behind training.",
-        "checkpoints written behind training",
-        NonDefault,
+        "Write checkpoints behind training: save_checkpoint returns when everything has been copied to memory, which the \
+         memory plan counts. One is written at a time; an error is raised by the next call of the engine, on all ranks.",
+    ),
+    built(
+        "checkpoint.keep_last",
+        Kind::POSITIVE,
+        "null",
+        "After a save, remove the oldest complete checkpoints of its folder until this many are left. Those saved with \
+         save_latest=False, the one that `latest` names and one that is being read stay. null keeps all.",
     ),
     no_effect(
         "checkpoint.parallel_write",

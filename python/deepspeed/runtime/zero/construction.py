@@ -30,7 +30,8 @@ class Init(contextlib.AbstractContextManager["Init"]):
     module                 a module whose parameters are moved at once; then no context is needed.
     config_dict_or_path    the config of the run, for the dtype of the weights (`config` is an older name).
     dtype                  the dtype of the weights; by default the config's, else they keep theirs.
-    remote_device          where weights lie while they are not used; "cpu", "none" and None are the host's memory.
+    remote_device          where weights lie while they are not used: "cpu" and "none" are the host's memory, "nvme" a file in
+                           the config's zero_optimization.offload_param.nvme_path; by default what the config says.
     enabled                False builds modules as usual.
 
     In the context `Module.apply` lets rank 0 write, as `GatheredParameters(..., modifier_rank=0)` does. Elsewhere what
@@ -67,13 +68,22 @@ class Init(contextlib.AbstractContextManager["Init"]):
             not_built("deepspeed.zero.Init with quantized weights", "ZeRO++ (quantized communication)")
         if mpu is not None and mpu.get_model_parallel_world_size() != 1:
             not_built("deepspeed.zero.Init(mpu=...) with a model-parallel world above 1", "model parallelism")
-        if remote_device == "nvme":
-            not_built("deepspeed.zero.Init(remote_device='nvme')", "building a model on NVMe")
-        if remote_device not in (None, "none", "cpu"):
+        if remote_device not in (None, "none", "cpu", "nvme"):
             raise ValueError(f"remote_device={remote_device!r}: None, 'none', 'cpu' and 'nvme' are possible")
         init_distributed()
-        self._dtype_for = _dtype_rule(dtype, config_dict_or_path if config_dict_or_path is not None else config)
+        judged = _judged(config_dict_or_path if config_dict_or_path is not None else config)
+        self._dtype_for = _dtype_rule(dtype, judged)
         self._group = process_group.construction_group()
+        self._folder = None if judged is None or remote_device in ("cpu", "none") else judged.weights_folder()
+        if remote_device == "nvme" and self._folder is None:
+            raise ValueError(
+                "zero.Init(remote_device='nvme') needs a folder: pass a config_dict_or_path with "
+                "zero_optimization.offload_param of device 'nvme' and its nvme_path"
+            )
+        if self._folder is not None and not self._group.shares_memory():
+            not_built(
+                "deepspeed.zero.Init(remote_device='nvme') where ranks share no memory", "building a model on NVMe"
+            )
         self._sliced = SlicedHome(self._group)
         self._drafts: list[torch.nn.Parameter] = []
         self._patches = contextlib.ExitStack()
@@ -119,7 +129,7 @@ class Init(contextlib.AbstractContextManager["Init"]):
                 self._drafts.append(parameter)
             return
         tensors = [(name, p.data.cpu(), self._dtype_for(p.dtype)) for name, p in found]
-        weights, addresses = _native.share_draft(self._group, tensors)
+        weights, addresses = _native.share_draft(self._group, tensors, self._folder)
         home = DraftHome(self._group, weights)
         for (_, parameter), (_, _, dtype), address in zip(found, tensors, addresses, strict=True):
             alias(parameter, address, dtype, weights)
@@ -133,14 +143,18 @@ def shutdown_init_context() -> None:
         Init._open[-1].__exit__(None, None, None)
 
 
-def _dtype_rule(dtype: torch.dtype | None, config: Any) -> Callable[[torch.dtype], torch.dtype]:
-    if dtype is not None:
-        return lambda _own: dtype
+def _judged(config: Any) -> _native.Config | None:
     if config is None:
-        return lambda own: own
+        return None
     from deepspeed.runtime.config import judge
 
-    return judge(config).compute_dtype
+    return judge(config)
+
+
+def _dtype_rule(dtype: torch.dtype | None, config: _native.Config | None) -> Callable[[torch.dtype], torch.dtype]:
+    if dtype is not None:
+        return lambda _own: dtype
+    return (lambda own: own) if config is None else config.compute_dtype
 
 
 def _patch_construction(stack: contextlib.ExitStack) -> None:
