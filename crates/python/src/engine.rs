@@ -461,12 +461,15 @@ impl PyEngine {
     /// Makes the weights of the parameters `indices`, as they are now, the fp32 masters. Collective at stage 3.
     fn reload_masters(&mut self, py: Python<'_>, indices: Vec<usize>) -> PyResult<()> {
         let params: Vec<ParamId> = indices.into_iter().map(ParamId::from_index).collect();
-        let values = self.whole_weights(py)?;
+        let on_device = self.device.is_some();
+        let tensors = self.parameters.iter().map(|it| on_host(it.bind(py), on_device));
+        let tensors = tensors.collect::<PyResult<Vec<_>>>()?;
+        let values = read_all(&tensors, &self.names)?;
         let engine = &mut self.engine;
         enter(py, || {
-            // SAFETY: `self` holds the tensors and torch leaves them alone during this call.
+            // SAFETY: `tensors` holds the tensors, and torch leaves them alone during this call.
             let spans: Vec<Span<'_>> = values.iter().map(|tensor| unsafe { tensor.span() }).collect();
-            engine.reload_masters(&params, &spans)
+            engine.on_host(None, Afterwards::WriteBack, |engine| engine.reload_masters(&params, &spans))
         })
     }
 
