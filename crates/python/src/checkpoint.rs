@@ -288,7 +288,6 @@ fn open_checkpoint(
 /// Loads a checkpoint into the engine, its parameters (with `weights`) and the `frozen` ones. Collective.
 #[pyfunction]
 #[pyo3(signature = (engine, checkpoint, *, weights, module_only, optimizer_states, strict, param_groups, frozen))]
-#[expect(clippy::too_many_arguments, reason = "named arguments of the one caller")]
 fn load_checkpoint(
     py: Python<'_>,
     mut engine: PyRefMut<'_, PyEngine>,
