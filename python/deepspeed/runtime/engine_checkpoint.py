@@ -7,7 +7,6 @@ buffers, the parameter groups, the schedule's state, random states and the clien
 from __future__ import annotations
 
 import atexit
-import contextlib
 import io
 import json
 import logging
@@ -16,14 +15,17 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deepspeed import _native
 from deepspeed.runtime.devices import on_host
+from deepspeed.runtime.model_file import save_weights
 from deepspeed.runtime.zero.gathered_weights import whole_state_dict
 from deepspeed.utils.logging import log_dist, logger, warning_once
+from deepspeed.utils.zero_to_fp32 import place_scripts
 
 if TYPE_CHECKING:
     from deepspeed._native import Engine, LoadedCheckpoint
@@ -95,6 +97,11 @@ class CheckpointMethods:
                 "ranks save under different tags: rank 0's are used. Set checkpoint.tag_validation to FAIL to make this "
                 "an error, or to IGNORE to silence it"
             )
+        if self.global_rank == 0 and self._native.stage() > 0:
+            try:
+                place_scripts(save_dir)
+            except OSError as error:
+                logger.warning("zero_to_fp32.py could not be put beside the checkpoint: %s", error)
         if saved.behind:
             log_dist(f"checkpoint {saved.folder} is being written behind training", ranks=[0])
             return True
@@ -189,25 +196,37 @@ class CheckpointMethods:
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Writes the weights, as the model computes with them, as one torch file. Every rank may call it; rank 0
-        writes."""
-        state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
-        if self.global_rank == 0:
-            os.makedirs(save_dir, exist_ok=True)
-            path = os.path.join(save_dir, save_filename)
-            temporary = f"{path}.tmp-{os.getpid()}"
+        """Writes the weights as the model computes with them, without optimizer state: as safetensors where the name ends
+        in `.safetensors`, else as torch.save does. True if there is a file.
+
+        Rank 0 writes. Every rank calls it where weights have to be gathered: at stage 3 without shared memory, unit by
+        unit, and only if `stage3_gather_16bit_weights_on_model_save` allows it; False otherwise.
+        """
+        if not self._may_gather("save_16bit_model"):
+            return False
+        first = self.global_rank == 0
+        problem: Exception | None = None
+        if first or self._gather_hooks is not None:
+            without = set(self._trained.frozen) if exclude_frozen_parameters else set()
             try:
-                torch.save(state, temporary)
-                os.replace(temporary, path)
-            finally:
-                if os.path.exists(temporary):
-                    os.remove(temporary)
+                save_weights(self.module, os.fspath(save_dir), save_filename, without, first)
+            except (OSError, ValueError) as error:
+                problem = error
+        if self._gather_hooks is not None:
+            told = self._group.all_gather_bytes("save_16bit_model", str(problem or "").encode())[0]
+            if told and problem is None:
+                raise _native.CheckpointError(f"rank 0: {told.decode()}")
+        if problem is not None:
+            raise problem
         return True
 
     save_fp16_model = save_16bit_model
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
-        """The module's state dict on rank 0, None elsewhere. Every rank calls it where weights are gathered."""
+        """The module's state dict on rank 0, None elsewhere and where the config does not allow to gather it. Every rank
+        calls it where weights are gathered."""
+        if not self._may_gather("a whole state dict"):
+            return None
         first = self.global_rank == 0
         if self._gather_hooks is not None:
             state = whole_state_dict(self.module, keep=first)
@@ -219,6 +238,17 @@ class CheckpointMethods:
         return {name: value for name, value in state.items() if name not in frozen}
 
     _zero3_consolidated_16bit_state_dict = _consolidated_16bit_state_dict
+
+    def _may_gather(self, what: str) -> bool:
+        """Whether whole weights can be had: always where ranks share them."""
+        allowed = self._gather_hooks is None or self._config.zero_config.gather_16bit_weights_on_model_save
+        if not allowed:
+            warning_once(
+                f"{what} needs weights that are sharded over the ranks, and nothing was gathered: set "
+                '"stage3_gather_16bit_weights_on_model_save": true under zero_optimization, or export a checkpoint with '
+                "`deepspeed checkpoint export`"
+            )
+        return allowed
 
     def _unpack_states(self, loaded: LoadedCheckpoint, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """What Python and the client saved on this rank. What cannot be unpacked on one rank is an error on all."""
@@ -347,7 +377,7 @@ class CheckpointMethods:
 
         def _weights_changed(self) -> None: ...
 
-        def _writing_weights(self) -> contextlib.AbstractContextManager[None]: ...
+        def _writing_weights(self) -> AbstractContextManager[None]: ...
 
 
 @atexit.register

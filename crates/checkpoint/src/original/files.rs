@@ -46,6 +46,8 @@ pub(super) fn list(folder: &Path) -> Result<Listing> {
     for name in names {
         if name == "zero" && folder.join(&name).is_dir() {
             listing.universal = true;
+        } else if name == "offloaded_tensors" {
+            listing.other = Some((name, "optimizer state on NVMe"));
         } else {
             sort(&mut listing, name);
         }
@@ -106,6 +108,7 @@ mod tests {
             "zero_pp_rank_2_mp_rank_00_model_states.pt",
             "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
             "notes.txt",
+            "zero_to_fp32.py",
         ] {
             fs::write(dir.path().join(name), "").unwrap();
         }
@@ -115,6 +118,8 @@ mod tests {
         assert_eq!(listing.optimizers.len(), 1);
         assert!(listing.model.is_none() && listing.other.is_none() && !listing.universal);
         assert!(is_original(dir.path()));
+        fs::create_dir(dir.path().join("offloaded_tensors")).unwrap();
+        assert_eq!(list(dir.path()).unwrap().other.unwrap().1, "optimizer state on NVMe");
     }
 
     #[test]

@@ -312,10 +312,10 @@ fn whole(storages: &mut Storages, source: &dyn Source, facts: &Facts, param: &Pa
     let numel = numel(&param.shape).unwrap_or(0);
     // Masters are what the weights are rounded from.
     let kind = if source.dtype(&param.name, kind::MASTER).is_some() { kind::MASTER } else { kind::WEIGHT };
-    let piece = Piece::Elements { param: param.name.clone(), kind, range: 0..numel };
+    let piece = Piece::elements(&param.name, kind, 0..numel);
     storages.tensor(weight_dtype(facts, param), &param.shape, vec![piece])
 }
 
 fn weight(param: &ParamRecord, range: std::ops::Range<usize>) -> Piece {
-    Piece::Elements { param: param.name.clone(), kind: kind::WEIGHT, range }
+    Piece::elements(&param.name, kind::WEIGHT, range)
 }

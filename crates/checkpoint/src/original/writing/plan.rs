@@ -21,13 +21,17 @@ const ZEROS: [u8; 4096] = [0; 4096];
 #[derive(Clone, Debug)]
 pub(super) enum Piece {
     /// Elements of a parameter's kind, cast to the storage's dtype.
-    Elements { param: String, kind: &'static str, range: Range<usize> },
-    /// As above, for kinds that only the source knows.
-    State { param: String, kind: String, range: Range<usize> },
+    Elements { param: String, kind: String, range: Range<usize> },
     /// Zeros.
     Padding(usize),
     /// Bytes as they are.
     Bytes(Vec<u8>),
+}
+
+impl Piece {
+    pub(super) fn elements(param: &str, kind: &str, range: Range<usize>) -> Self {
+        Self::Elements { param: param.to_owned(), kind: kind.to_owned(), range }
+    }
 }
 
 /// A file.
@@ -85,8 +89,7 @@ fn put(
     write: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
     let (param, kind, range) = match piece {
-        Piece::Elements { param, kind, range } => (param, *kind, range),
-        Piece::State { param, kind, range } => (param, kind.as_str(), range),
+        Piece::Elements { param, kind, range } => (param, kind, range),
         Piece::Padding(elements) => {
             let mut left = elements * dtype.size();
             while left > 0 {

@@ -31,7 +31,7 @@ fn kinds(source: &dyn Source, group: &[(ParamRecord, usize)]) -> BTreeSet<String
 fn master(source: &dyn Source, part: &Part<'_>) -> Piece {
     let name = &part.param.name;
     let kind = if source.dtype(name, kind::MASTER).is_some() { kind::MASTER } else { kind::WEIGHT };
-    Piece::Elements { param: name.clone(), kind, range: part.range.clone() }
+    Piece::elements(name, kind, part.range.clone())
 }
 
 fn state(source: &dyn Source, part: &Part<'_>, kind: &str) -> Piece {
@@ -39,7 +39,7 @@ fn state(source: &dyn Source, part: &Part<'_>, kind: &str) -> Piece {
     if source.dtype(name, kind).is_none() {
         return Piece::Padding(part.range.len());
     }
-    Piece::State { param: name.clone(), kind: kind.to_owned(), range: part.range.clone() }
+    Piece::elements(name, kind, part.range.clone())
 }
 
 /// A flat fp32 tensor of the parts, `padded` elements longer.
