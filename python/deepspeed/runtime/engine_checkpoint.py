@@ -253,6 +253,7 @@ class CheckpointMethods:
             function(src=state, dst=self.module)
         if self._gather_hooks is None:
             self._native.reload_masters(range(len(self._trained.tensors)))
+
     def _tied_names(self) -> list[tuple[str, str]]:
         """(other name, name) of parameters and saved buffers that the module has under several names."""
         parameters = self.module.named_parameters(remove_duplicate=False)

@@ -10,10 +10,10 @@ import json
 import os
 
 import torch
-from original_cases import all_cases
-from original_model import AFTER, BEFORE, build, client_optimizer, groups, train
 
 import deepspeed
+from original_cases import all_cases
+from original_model import AFTER, BEFORE, build, client_optimizer, groups, train
 
 
 def main() -> None:
@@ -35,6 +35,7 @@ def main() -> None:
     path, client = engine.load_checkpoint(args.folder)
     assert path is not None
     line = {
+        "version": deepspeed.__version__,
         "epoch": client["epoch"],
         "calls": engine.module.calls.item(),
         "steps": engine.global_steps,
