@@ -15,13 +15,17 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deepspeed import _native
+from deepspeed.runtime.devices import on_host
+from deepspeed.runtime.model_file import save_weights
 from deepspeed.runtime.zero.gathered_weights import whole_state_dict
 from deepspeed.utils.logging import log_dist, logger, warning_once
+from deepspeed.utils.zero_to_fp32 import place_scripts
 
 if TYPE_CHECKING:
     from deepspeed._native import Engine, LoadedCheckpoint
@@ -35,6 +39,7 @@ class CheckpointMethods:
     """Mixed into the engine."""
 
     module: torch.nn.Module
+    device: torch.device
     _native: Engine
     _group: Any
     _trained: TrainedParameters
@@ -80,7 +85,7 @@ class CheckpointMethods:
             save_latest=save_latest,
             param_groups=self._group_options(),
             slices=slices,
-            frozen=self._frozen(),
+            frozen=on_host(self._frozen()),
             exclude_frozen=exclude_frozen_parameters,
             tied=self._tied_names(),
             buffers=self._saved_buffers(),
@@ -92,6 +97,11 @@ class CheckpointMethods:
                 "ranks save under different tags: rank 0's are used. Set checkpoint.tag_validation to FAIL to make this "
                 "an error, or to IGNORE to silence it"
             )
+        if self.global_rank == 0 and self._native.stage() > 0:
+            try:
+                place_scripts(save_dir)
+            except OSError as error:
+                logger.warning("zero_to_fp32.py could not be put beside the checkpoint: %s", error)
         if saved.behind:
             log_dist(f"checkpoint {saved.folder} is being written behind training", ranks=[0])
             return True
@@ -124,13 +134,14 @@ class CheckpointMethods:
 
         Returns the checkpoint's folder and the client state; (None, None) and a warning where there is no checkpoint
         and no tag was asked for. Without a tag it is the one that `latest` names; where that one is missing or damaged,
-        the newest complete one, with a warning. A tag that is missing or damaged is an error. Code in a checkpoint is executed only
-        with `trust_client_state=True`, which a client state of classes of one's own needs.
+        the newest complete one, with a warning. A tag that is missing or damaged is an error. Code in a checkpoint is
+        executed only with `trust_client_state=True`, which a client state of classes of one's own needs.
 
         custom_load_fn  called as `custom_load_fn(src=state_dict, dst=module)` on every rank instead of loading the
                         weights; `src` is the whole state dict. Masters and optimizer state come from the checkpoint by
                         name; where the function made other weights, the masters follow these.
         """
+        frozen = on_host(self._frozen())
         loaded = _native.open_checkpoint(
             self._native,
             load_dir=os.fspath(load_dir),
@@ -159,10 +170,13 @@ class CheckpointMethods:
             optimizer_states=load_optimizer_states,
             strict=load_module_strict,
             param_groups=self._group_options(),
-            frozen=self._frozen(),
+            frozen=frozen,
         )
         client = self._client()
         if custom_load_fn is None:
+            for name, tensor in self._frozen().items():
+                if tensor.device.type != "cpu":
+                    tensor.copy_(frozen[name])
             self._weights_changed()
             self._load_buffers(loaded, load_module_strict)
             if client is not None:
@@ -182,25 +196,37 @@ class CheckpointMethods:
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Writes the weights, as the model computes with them, as one torch file. Every rank may call it; rank 0
-        writes."""
-        state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
-        if self.global_rank == 0:
-            os.makedirs(save_dir, exist_ok=True)
-            path = os.path.join(save_dir, save_filename)
-            temporary = f"{path}.tmp-{os.getpid()}"
+        """Writes the weights as the model computes with them, without optimizer state: as safetensors where the name ends
+        in `.safetensors`, else as torch.save does. True if there is a file.
+
+        Rank 0 writes. Every rank calls it where weights have to be gathered: at stage 3 without shared memory, unit by
+        unit, and only if `stage3_gather_16bit_weights_on_model_save` allows it; False otherwise.
+        """
+        if not self._may_gather("save_16bit_model"):
+            return False
+        first = self.global_rank == 0
+        problem: Exception | None = None
+        if first or self._gather_hooks is not None:
+            without = set(self._trained.frozen) if exclude_frozen_parameters else set()
             try:
-                torch.save(state, temporary)
-                os.replace(temporary, path)
-            finally:
-                if os.path.exists(temporary):
-                    os.remove(temporary)
+                save_weights(self.module, os.fspath(save_dir), save_filename, without, first)
+            except (OSError, ValueError) as error:
+                problem = error
+        if self._gather_hooks is not None:
+            told = self._group.all_gather_bytes("save_16bit_model", str(problem or "").encode())[0]
+            if told and problem is None:
+                raise _native.CheckpointError(f"rank 0: {told.decode()}")
+        if problem is not None:
+            raise problem
         return True
 
     save_fp16_model = save_16bit_model
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
-        """The module's state dict on rank 0, None elsewhere. Every rank calls it where weights are gathered."""
+        """The module's state dict on rank 0, None elsewhere and where the config does not allow to gather it. Every rank
+        calls it where weights are gathered."""
+        if not self._may_gather("a whole state dict"):
+            return None
         first = self.global_rank == 0
         if self._gather_hooks is not None:
             state = whole_state_dict(self.module, keep=first)
@@ -212,6 +238,17 @@ class CheckpointMethods:
         return {name: value for name, value in state.items() if name not in frozen}
 
     _zero3_consolidated_16bit_state_dict = _consolidated_16bit_state_dict
+
+    def _may_gather(self, what: str) -> bool:
+        """Whether whole weights can be had: always where ranks share them."""
+        allowed = self._gather_hooks is None or self._config.zero_config.gather_16bit_weights_on_model_save
+        if not allowed:
+            warning_once(
+                f"{what} needs weights that are sharded over the ranks, and nothing was gathered: set "
+                '"stage3_gather_16bit_weights_on_model_save": true under zero_optimization, or export a checkpoint with '
+                "`deepspeed checkpoint export`"
+            )
+        return allowed
 
     def _unpack_states(self, loaded: LoadedCheckpoint, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """What Python and the client saved on this rank. What cannot be unpacked on one rank is an error on all."""
@@ -241,7 +278,7 @@ class CheckpointMethods:
 
     def _saved_buffers(self) -> dict[str, torch.Tensor]:
         saved = self.module.state_dict(keep_vars=True)
-        return {name: b.contiguous() for name, b in self.module.named_buffers() if name in saved}
+        return {name: b.cpu().contiguous() for name, b in self.module.named_buffers() if name in saved}
 
     def _load_by_function(self, loaded: LoadedCheckpoint, function: Callable[..., Any]) -> None:
         state = {name: _buffer(loaded, name, shape, dtype) for name, shape, dtype in loaded.buffers()}
@@ -281,7 +318,7 @@ class CheckpointMethods:
 
     def _state_to_save(self) -> tuple[list[tuple[int, str, int, torch.Tensor]], dict[str, Any]]:
         """Slices of a client optimizer's state, and what Python saves beside the client's own state."""
-        state: dict[str, Any] = {"random": _random_states(), "param_groups": self._group_options()}
+        state: dict[str, Any] = {"random": _random_states(self.device), "param_groups": self._group_options()}
         if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "state_dict"):
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
         client = self._client()
@@ -316,7 +353,7 @@ class CheckpointMethods:
         if scheduler and self.lr_scheduler is not None and "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if "random" in state:  # the original saves none
-            _set_random_states(state["random"])
+            _set_random_states(state["random"], self.device)
 
     def _load_groups(self, loaded: LoadedCheckpoint, saved: list[dict[str, Any]], foreign: bool) -> None:
         groups = self.basic_optimizer.param_groups
@@ -340,6 +377,8 @@ class CheckpointMethods:
 
         def _weights_changed(self) -> None: ...
 
+        def _writing_weights(self) -> AbstractContextManager[None]: ...
+
 
 @atexit.register
 def _wait_for_saves() -> None:
@@ -355,8 +394,10 @@ def _wait_for_saves() -> None:
         os._exit(1)
 
 
-def _random_states() -> dict[str, Any]:
+def _random_states(device: torch.device) -> dict[str, Any]:
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, position, has_gauss, gauss = numpy.random.get_state()
@@ -364,8 +405,10 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"], device)
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     numpy = sys.modules.get("numpy")

@@ -20,8 +20,8 @@ pub fn save(replica: &mut Replica, dir: &Path, tag: &str) -> Result<Saved, Strin
         slices: &[],
         frozen: &[],
         exclude_frozen: false,
-        tensors: &[],
         tied: &[],
+        tensors: &[],
         blobs: &[],
         face: serde_json::json!({ "micro": replica.micro }),
     };
