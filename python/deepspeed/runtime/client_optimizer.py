@@ -171,6 +171,8 @@ class ClientOptimizer:
                     state[kind] = value
             if state:
                 self.optimizer.state[tensor] = state
+        # torch's own optimizers make of loaded values what they need: tensors of step counts that were numbers.
+        self.optimizer.__setstate__({"state": self.optimizer.state})
 
     def _tensor(self, position: int) -> torch.Tensor:
         """What the optimizer works on where this rank's fragment is."""

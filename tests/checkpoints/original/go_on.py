@@ -35,6 +35,7 @@ def main() -> None:
     path, client = engine.load_checkpoint(args.folder)
     assert path is not None
     line = {
+        "version": deepspeed.__version__,
         "epoch": client["epoch"],
         "calls": engine.module.calls.item(),
         "steps": engine.global_steps,

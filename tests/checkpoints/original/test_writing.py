@@ -72,8 +72,7 @@ def test_torch_reads_what_is_written_and_so_do_we(tmp_path: Path, name: str) -> 
     optimizers = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
     assert sorted(path.name for path in folder.iterdir()) == sorted(models + optimizers)
     model = torch.load(folder / models[0], weights_only=False)
-    assert list(model["module"])[:2] == ["scale", "calls"]
-    assert model["buffer_names"] == ["scale", "calls"] and model["module"]["calls"].item() == BEFORE
+    assert sorted(model["buffer_names"]) == ["calls", "scale"] and model["module"]["calls"].item() == BEFORE
     assert [list(group) for group in model["param_shapes"]] == [
         ["token.weight", "up.weight", "down.weight"],
         ["norm.weight", "norm.bias", "up.bias", "down.bias"],
@@ -117,5 +116,6 @@ def test_the_original_goes_on_from_what_is_written(tmp_path: Path, name: str) ->
             raise AssertionError(f"{error}\n{(tmp_path / 'log').read_text()[-4000:]}") from error
     for rank, expected in enumerate(after):
         got = json.loads((tmp_path / "theirs" / f"rank{rank}.json").read_text())
+        assert got["version"].startswith("0.19.")
         assert (got["epoch"], got["calls"], got["steps"]) == (3, BEFORE, BEFORE)
         assert_close(got["losses"], expected["losses"], TOLERANCE[name.split("-")[0]], f"losses of rank {rank}")
