@@ -10,10 +10,10 @@ import json
 import os
 
 import torch
-from original_cases import all_cases
-from original_model import AFTER, BEFORE, build, client_optimizer, groups, train
 
 import deepspeed
+from original_cases import all_cases
+from original_model import AFTER, BEFORE, build, client_optimizer, groups, train
 
 
 def main() -> None:
