@@ -9,6 +9,7 @@
 mod model;
 mod plan;
 mod shards;
+mod universal;
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -16,6 +17,8 @@ use std::{
 };
 
 use deepspeed_core::DType;
+
+pub use self::universal::write_universal;
 
 use self::{
     model::{Facts, model_plans},
