@@ -29,6 +29,9 @@ impl Engine {
     ) -> Result<Option<Checkpoint>, EngineError> {
         self.finish_save()?;
         self.chosen = None;
+        if self.settings.saving.node_local {
+            return self.load_from_all_hosts(dir, tag, options, hypers, weights, frozen);
+        }
         if let Some(tag) = tag {
             return self.load_tag(dir, Ok(Some(tag.to_owned())), options, hypers, weights, frozen);
         }
@@ -46,6 +49,33 @@ impl Engine {
                 }
                 (loaded, chosen) => {
                     self.chosen = chosen;
+                    return loaded;
+                }
+            }
+        }
+    }
+
+    /// As [`Engine::load_checkpoint`], where each host has a folder of its own.
+    fn load_from_all_hosts(
+        &mut self,
+        dir: &Path,
+        tag: Option<&str>,
+        options: LoadOptions,
+        hypers: &[Hyper],
+        weights: &mut [SpanMut<'_>],
+        frozen: &mut [(String, SpanMut<'_>)],
+    ) -> Result<Option<Checkpoint>, EngineError> {
+        let mut damaged: Vec<(String, String)> = Vec::new();
+        loop {
+            let Some(chosen) = self.choose_on_all_hosts(dir, tag, &damaged)? else { return Ok(None) };
+            self.bring_files(dir, &chosen.tag, options)?;
+            let loaded = self.load_tag(dir, Ok(Some(chosen.tag.clone())), options, hypers, weights, frozen);
+            match loaded {
+                Err(EngineError::DamagedCheckpoint { rank, problem }) if tag.is_none() => {
+                    damaged.push((chosen.tag, format!("rank {rank}: {problem}")));
+                }
+                loaded => {
+                    self.chosen = tag.is_none().then_some(chosen);
                     return loaded;
                 }
             }
