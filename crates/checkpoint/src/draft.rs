@@ -149,6 +149,25 @@ impl Draft {
         Ok(target)
     }
 
+    /// As [`Draft::commit`] with `save_latest`, for a folder of another format: the files are what they are, written and
+    /// synced.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Occupied`], [`CheckpointError::Io`].
+    pub(crate) fn commit_files(mut self) -> Result<PathBuf> {
+        self.sync_dir(&self.folder)?;
+        let target = self.place()?;
+        self.sync_dir(&self.dir)?;
+        let (temporary, latest) = (self.temporary_latest(), self.dir.join(LATEST));
+        self.write_file(&temporary, self.tag.as_bytes())?;
+        self.disk.rename(&temporary, &latest).map_err(CheckpointError::io("replace", &latest))?;
+        self.sync_dir(&self.dir)?;
+        self.finished = true;
+        // As in `commit`.
+        let _ = self.remove();
+        Ok(target)
+    }
+
     /// Removes the draft.
     ///
     /// # Errors

@@ -90,8 +90,8 @@ pub enum CheckpointError {
     },
     /// The folder holds a checkpoint of the original DeepSpeed.
     #[error(
-        "{} is a checkpoint of the original DeepSpeed (it holds {example}); reading these is not built yet: export it \
-         with the `zero_to_fp32.py` beside it and load the weights into the model",
+        "{} is a checkpoint of the original DeepSpeed (it holds {example}), and this reads only its own format: open it \
+         with `open_any`",
         folder.display()
     )]
     Foreign {
@@ -99,6 +99,14 @@ pub enum CheckpointError {
         folder: PathBuf,
         /// One of the files that gave it away.
         example: String,
+    },
+    /// The checkpoint is whole, and of a kind that cannot be read.
+    #[error("checkpoint {} cannot be read: {reason}", folder.display())]
+    Unsupported {
+        /// The checkpoint's folder.
+        folder: PathBuf,
+        /// Why, and what to do.
+        reason: String,
     },
     /// A later version of this software wrote the checkpoint.
     #[error(

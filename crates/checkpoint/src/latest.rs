@@ -69,7 +69,12 @@ pub(crate) fn complete_names(dir: &Path, except: &str) -> Vec<String> {
 
 /// The tag in `latest`, if there is such a file.
 pub(crate) fn read_latest(dir: &Path) -> Result<Option<String>> {
-    let path = dir.join(LATEST);
+    read_tag(dir, LATEST)
+}
+
+/// The tag in the file `name` of `dir`, if there is such a file.
+pub(crate) fn read_tag(dir: &Path, name: &str) -> Result<Option<String>> {
+    let path = dir.join(name);
     let text = match File::open(&path).and_then(|file| read_limited(&file, MAX_SMALL)) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

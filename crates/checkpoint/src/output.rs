@@ -140,6 +140,14 @@ impl OutputFile {
     /// # Errors
     /// [`CheckpointError::Io`].
     pub(crate) fn finish(mut self) -> Result<()> {
+        self.sync()
+    }
+
+    /// As [`OutputFile::finish`], where somebody else still holds the file.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub(crate) fn sync(&mut self) -> Result<()> {
         self.file.sync().map_err(CheckpointError::io("sync", &self.shown))
     }
 }

@@ -93,7 +93,9 @@ impl Engine {
             }
         }
         self.each_weight(chosen, |number, unit, buffer| {
-            *buffer = AlignedBuffer::zeroed(unit.shard_len, unit.dtype);
+            if buffer.is_empty() {
+                *buffer = AlignedBuffer::zeroed(unit.shard_len, unit.dtype);
+            }
             device.read(number, Part::Weight, buffer.span_mut())
         })
     }
@@ -163,7 +165,9 @@ impl Engine {
         for (number, unit) in self.layout.units.iter().enumerate() {
             let shard = &mut self.shards[number];
             if !shard.square_sum.is_finite() {
-                shard.gradient = AlignedBuffer::zeroed(unit.shard_len, DType::F32);
+                if shard.gradient.is_empty() {
+                    shard.gradient = AlignedBuffer::zeroed(unit.shard_len, DType::F32);
+                }
                 device.read(number, Part::Gradient, shard.gradient.span_mut())?;
             }
         }

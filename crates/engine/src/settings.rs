@@ -198,6 +198,24 @@ impl Settings {
     }
 }
 
+/// What `config` asks for that the engine cannot do on an accelerator: the setting, and what it would need.
+pub fn unbuilt_on_a_device(config: &Config) -> Vec<(&'static str, &'static str)> {
+    let zero = &config.zero;
+    let mut found = Vec::new();
+    if zero.stage == ZeroStage::Three && zero.offload_param.device == OffloadDevice::Nvme {
+        let setting = "zero_optimization.offload_param.device \"nvme\" with a model on an accelerator";
+        found.push((
+            setting,
+            "gathering weights from a disk (device \"cpu\" keeps them in the host's memory)",
+        ));
+    }
+    if zero.offload_optimizer.device == OffloadDevice::Cpu && zero.offload_optimizer.ratio < 1.0 {
+        let setting = "zero_optimization.offload_optimizer.ratio below 1 with a model on an accelerator";
+        found.push((setting, "optimizer state that lies partly on the device"));
+    }
+    found
+}
+
 /// Masters and optimizer state in a file.
 #[derive(Clone, Debug)]
 pub struct OffloadSettings {

@@ -185,6 +185,17 @@ impl PyEngine {
         self.device.as_ref().map_or(Ok(()), |device| device.adopt_parameters(py))
     }
 
+    /// Moves state of these kinds off the device, until `reload_states`. False where there is no device.
+    fn offload_states(&self, py: Python<'_>, kinds: Vec<String>) -> PyResult<bool> {
+        let Some(device) = &self.device else { return Ok(false) };
+        device.evict(py, &kinds).map(|()| true)
+    }
+
+    /// Takes `offload_states` back.
+    fn reload_states(&self, py: Python<'_>) -> PyResult<()> {
+        self.device.as_ref().map_or(Ok(()), |device| device.reload(py))
+    }
+
     /// On a device that has the state: for a client's optimizer on shards, per fragment of a parameter, (index of the
     /// parameter, first element in it, number of elements, fp32 gradients, fp32 masters). None elsewhere.
     fn client_tensors(&self, py: Python<'_>) -> PyResult<Option<ClientTensors>> {
@@ -451,12 +462,15 @@ impl PyEngine {
     /// Makes the weights of the parameters `indices`, as they are now, the fp32 masters. Collective at stage 3.
     fn reload_masters(&mut self, py: Python<'_>, indices: Vec<usize>) -> PyResult<()> {
         let params: Vec<ParamId> = indices.into_iter().map(ParamId::from_index).collect();
-        let values = self.whole_weights(py)?;
+        let on_device = self.device.is_some();
+        let tensors = self.parameters.iter().map(|it| on_host(it.bind(py), on_device));
+        let tensors = tensors.collect::<PyResult<Vec<_>>>()?;
+        let values = read_all(&tensors, &self.names)?;
         let engine = &mut self.engine;
         enter(py, || {
-            // SAFETY: `self` holds the tensors and torch leaves them alone during this call.
+            // SAFETY: `tensors` holds the tensors, and torch leaves them alone during this call.
             let spans: Vec<Span<'_>> = values.iter().map(|tensor| unsafe { tensor.span() }).collect();
-            engine.reload_masters(&params, &spans)
+            engine.on_host(None, Afterwards::WriteBack, |engine| engine.reload_masters(&params, &spans))
         })
     }
 

@@ -1,11 +1,18 @@
 //! One file of weights that is being written, in any format: all its tensors are known at the start, their bytes follow.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use super::ExportFormat;
 use crate::{
     CheckpointError, Result, TensorFacts,
     header::{self, Entry},
+    original::{
+        pickle::Object,
+        torch::{Storage, TorchWriter},
+    },
     output::{Output, OutputFile},
     record::numel,
 };
@@ -14,7 +21,17 @@ use crate::{
 pub(crate) enum WeightsFile {
     /// The header is written, the bytes of all tensors follow.
     Safetensors(OutputFile),
+    /// A tensor is a storage of its own.
+    Torch {
+        /// Writes into `file`.
+        writer: TorchWriter<Sink>,
+        /// For the sync at the end.
+        file: Arc<Mutex<OutputFile>>,
+    },
 }
+
+/// Where the bytes of a torch file go.
+type Sink = Box<dyn FnMut(&[u8]) -> Result<()> + Send>;
 
 impl WeightsFile {
     /// Begins the file `name`, which holds `tensors` and, under other names, some of them again.
@@ -47,7 +64,18 @@ impl WeightsFile {
                 file.write(&header)?;
                 Ok(Self::Safetensors(file))
             }
-            ExportFormat::Torch => Err(unwritable("WIP".to_owned())),
+            ExportFormat::Torch => {
+                let object = state_dict(tensors, tied).map_err(unwritable)?;
+                // What is around the data is not much, and its size not known yet.
+                let file = output.create(name, tensors.iter().map(bytes_of).sum())?;
+                let file = Arc::new(Mutex::new(file));
+                let sink: Sink = {
+                    let file = Arc::clone(&file);
+                    Box::new(move |bytes| file.lock().unwrap_or_else(PoisonError::into_inner).write(bytes))
+                };
+                let archive = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+                Ok(Self::Torch { writer: TorchWriter::start(sink, archive, &object)?, file })
+            }
         }
     }
 
@@ -58,6 +86,7 @@ impl WeightsFile {
     pub(crate) fn begin(&mut self) -> Result<()> {
         match self {
             Self::Safetensors(_) => Ok(()),
+            Self::Torch { writer, .. } => writer.begin_storage(),
         }
     }
 
@@ -68,6 +97,7 @@ impl WeightsFile {
     pub(crate) fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
         match self {
             Self::Safetensors(file) => file.write(bytes),
+            Self::Torch { writer, .. } => writer.bytes(bytes),
         }
     }
 
@@ -78,6 +108,7 @@ impl WeightsFile {
     pub(crate) fn end(&mut self) -> Result<()> {
         match self {
             Self::Safetensors(_) => Ok(()),
+            Self::Torch { writer, .. } => writer.end_storage(),
         }
     }
 
@@ -88,8 +119,37 @@ impl WeightsFile {
     pub(crate) fn finish(self) -> Result<()> {
         match self {
             Self::Safetensors(file) => file.finish(),
+            Self::Torch { writer, file } => {
+                writer.finish()?;
+                file.lock().unwrap_or_else(PoisonError::into_inner).sync()
+            }
         }
     }
+}
+
+/// The state dict that a torch file holds: an `OrderedDict` of tensors, the other names of one at the end.
+///
+/// # Errors
+/// A type of elements that torch has no storage for.
+fn state_dict(tensors: &[TensorFacts], tied: &[(String, String)]) -> Result<Object, String> {
+    let mut pairs = Vec::with_capacity(tensors.len() + tied.len());
+    for (index, tensor) in tensors.iter().enumerate() {
+        let numel = numel(&tensor.shape).unwrap_or(0);
+        let storage = Storage { dtype: tensor.dtype, numel };
+        let value = storage.tensor(index, 0..numel, tensor.shape.clone()).ok_or_else(|| {
+            format!("`{}` is of type {}, which torch cannot store", tensor.name, tensor.dtype)
+        })?;
+        pairs.push((Object::from(tensor.name.as_str()), value));
+    }
+    let index: HashMap<&str, usize> =
+        tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.as_str(), index)).collect();
+    for (other, name) in tied {
+        if let Some(index) = index.get(name.as_str()) {
+            let value = pairs[*index].1.clone();
+            pairs.push((Object::from(other.as_str()), value));
+        }
+    }
+    Ok(Object::OrderedDict(pairs))
 }
 
 /// The size of a tensor in a file.

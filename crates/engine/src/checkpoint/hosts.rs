@@ -20,7 +20,7 @@ use deepspeed_comm::CommError;
 use deepspeed_core::Rank;
 use serde::{Deserialize, Serialize};
 
-use super::{LoadOptions, agree::agree};
+use super::agree::agree;
 use crate::{Engine, EngineError, OptimizerChoice};
 
 /// Bytes of a file that are sent at a time.
@@ -124,7 +124,7 @@ impl Engine {
     }
 
     /// Brings the files of `tag` that a rank of this host needs and the host does not have. Collective.
-    pub(super) fn bring_files(&self, dir: &Path, tag: &str, options: LoadOptions) -> Result<(), EngineError> {
+    pub(super) fn bring_files(&self, dir: &Path, tag: &str) -> Result<(), EngineError> {
         let group = &*self.group;
         let hosts = self.hosts()?;
         let (lead, rank) = (hosts.lead(group.rank()), group.rank().index());
@@ -135,7 +135,7 @@ impl Engine {
         let mine: Vec<u8> = manifest
             .files
             .iter()
-            .map(|file| u8::from(self.needs(file, manifest, options)) << 1 | u8::from(manifest.is_here(file)))
+            .map(|file| u8::from(self.needs(file, manifest)) << 1 | u8::from(manifest.is_here(file)))
             .collect();
         let all = group.all_gather_bytes("files of the hosts", &mine)?;
         let peers = peers_folder(dir, tag);
@@ -200,7 +200,7 @@ impl Engine {
     }
 
     /// Whether this rank will read anything of a file.
-    fn needs(&self, file: &FileRecord, manifest: &Manifest, options: LoadOptions) -> bool {
+    fn needs(&self, file: &FileRecord, manifest: &Manifest) -> bool {
         let rank = self.group.rank();
         let blobs_of = if rank.index() < manifest.world { rank.index() } else { 0 };
         if !file.tensors.is_empty() || (!file.blobs.is_empty() && file.rank == blobs_of) {
@@ -226,7 +226,7 @@ impl Engine {
                 |(name, from, to): &(&str, usize, usize)| *name == slice.param && *from < end && start < *to;
             // fp32 weights are read from masters, whole.
             let whole = client || slice.kind == kind::MASTER;
-            whole || (!options.module_only && own.iter().any(overlaps))
+            whole || own.iter().any(overlaps)
         })
     }
 }

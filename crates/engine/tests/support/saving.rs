@@ -29,7 +29,7 @@ pub fn save(replica: &mut Replica, dir: &Path, tag: &str) -> Result<Saved, Strin
 }
 
 pub fn load(replica: &mut Replica, dir: &Path, tag: Option<&str>) -> Result<(), String> {
-    let options = LoadOptions { module_only: false, optimizer_states: true, strict: true };
+    let options = LoadOptions { weights: true, module_only: false, optimizer_states: true, strict: true };
     let mut weights: Vec<SpanMut<'_>> = replica.weights.iter_mut().map(|it| it.span_mut()).collect();
     let loaded = replica
         .engine
