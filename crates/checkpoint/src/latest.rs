@@ -202,7 +202,7 @@ fn check(dir: &Path, tag: &str, mut folder: Folder) -> Result<(Folder, Manifest)
         _ if is_content(&error) => damaged(MANIFEST_CHECKSUM, error.to_string()),
         _ => CheckpointError::io("read", &folder.path.join(MANIFEST_CHECKSUM))(error),
     })?;
-    for file in &manifest.files {
+    for file in manifest.files.iter().filter(|file| manifest.is_here(file)) {
         match folder.size(&file.name) {
             Ok(bytes) if bytes == file.bytes => {}
             Ok(bytes) => {

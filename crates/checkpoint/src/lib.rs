@@ -95,12 +95,12 @@ mod writer;
 
 pub use background::{BackgroundSave, Commit, Failure, Outcome, Presence, Role, wait_for_all};
 pub use checksum::Checksum;
-pub use draft::{Draft, draft_folder};
+pub use draft::{Draft, draft_folder, peers_folder};
 pub use element::{ElementType, UnknownElementType};
 pub use error::{CheckpointError, Result};
 pub use latest::{CompleteTag, complete_tags};
 pub use locate::Location;
-pub use manifest::{CommitParts, FORMAT_VERSION, Manifest};
+pub use manifest::{CommitParts, FORMAT_VERSION, HostPart, Manifest};
 pub use open::{open_any, open_universal};
 pub use original::{OriginalCheckpoint, OriginalOptions, write_original, write_universal};
 pub use progress::{Progress, Silent};

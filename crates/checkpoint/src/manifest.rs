@@ -55,8 +55,20 @@ pub struct Manifest {
     /// Other names of parameters and whole tensors: (other name, name under which it is stored).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tied: Vec<(String, String)>,
+    /// Where hosts share no storage: which part of the files is in this folder. The others are on other hosts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostPart>,
     /// The files.
     pub files: Vec<FileRecord>,
+}
+
+/// One host's part of a checkpoint whose files are spread over the storage of several hosts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPart {
+    /// The ranks whose files are here.
+    pub ranks: Vec<usize>,
+    /// The same text on all hosts, and another for every save.
+    pub save: String,
 }
 
 /// The part of a manifest that every version has.
@@ -100,6 +112,11 @@ pub struct CommitParts {
 }
 
 impl Manifest {
+    /// Whether a file is in this checkpoint's own folder.
+    pub fn is_here(&self, file: &FileRecord) -> bool {
+        self.host.as_ref().is_none_or(|host| host.ranks.contains(&file.rank))
+    }
+
     /// Puts together what the ranks wrote.
     ///
     /// # Errors
@@ -137,6 +154,7 @@ impl Manifest {
             frozen_excluded: parts.frozen_excluded,
             state: parts.state,
             chunk_bytes,
+            host: None,
             params: parts.params,
             tied: parts.tied,
             files,

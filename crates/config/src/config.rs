@@ -211,6 +211,8 @@ pub struct CheckpointConfig {
     pub behind: bool,
     /// How many complete checkpoints stay in the folder; `None` for all.
     pub keep_last: Option<usize>,
+    /// `use_node_local_storage`: each host keeps the files of its own ranks.
+    pub node_local: bool,
 }
 
 /// The block `data_types`.

@@ -223,7 +223,7 @@ impl Engine {
                 Some(ShardedWeights::new(&*group, &layout, frozen_layout, folder, kept)?)
             }
         };
-        let mut engine = Self {
+        Ok(Self {
             policy,
             optimizer,
             weights,
@@ -263,11 +263,7 @@ impl Engine {
             layout: Arc::new(layout),
             settings,
             group,
-        };
-        if engine.settings.saving.behind {
-            engine.snapshots = Memory::come(engine.snapshot_bytes());
-        }
-        Ok(engine)
+        })
     }
 
     /// The factor for the loss (or for the gradient of the model's output) before backward: the loss scale, divided

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use deepspeed_config::{Config, ConfigError, OffloadDevice, Precision, ZeroStage};
+use deepspeed_config::{Code, Config, ConfigError, OffloadDevice, Precision, ZeroStage};
 use deepspeed_core::DType;
 use deepspeed_offload::{Depth, Options};
 use deepspeed_optim::{DynamicLossScale, LossScaler, OptimError};
@@ -70,6 +70,15 @@ pub struct SaveSettings {
     pub behind: bool,
     /// How many complete checkpoints stay in the folder; `None` for all.
     pub keep_last: Option<usize>,
+    /// Whether each host keeps the files of its own ranks, on storage that the others do not see.
+    pub node_local: bool,
+    /// What tells this host from others; `None` for its name.
+    pub host: Option<String>,
+}
+
+impl SaveSettings {
+    /// Names this host where several of them have one name, and in tests.
+    pub const HOST_VARIABLE: &str = "DEEPSPEED_HOST_IDENTITY";
 }
 
 impl Settings {
@@ -125,6 +134,15 @@ impl Settings {
         threads: usize,
     ) -> Result<Self, ConfigError> {
         let batch = config.resolve_batch(world, world_origin)?;
+        if config.checkpoint.node_local && config.checkpoint.behind {
+            return Err(config.error_at(
+                Code::Contradiction,
+                "checkpoint.async",
+                "a checkpoint that is spread over the storage of several hosts cannot be written behind training: the \
+                 threads of the ranks meet in one folder",
+                ["set checkpoint.async to false, or use_node_local_storage where all hosts share the folder".to_owned()],
+            ));
+        }
         Ok(Self {
             stage: match config.zero.stage {
                 ZeroStage::Zero => Stage::Zero,
@@ -170,7 +188,12 @@ impl Settings {
                 model_persistence_threshold: config.zero.gathering.model_persistence_threshold,
                 module_granularity_threshold: config.zero.gathering.module_granularity_threshold,
             },
-            saving: SaveSettings { behind: config.checkpoint.behind, keep_last: config.checkpoint.keep_last },
+            saving: SaveSettings {
+                behind: config.checkpoint.behind,
+                keep_last: config.checkpoint.keep_last,
+                node_local: config.checkpoint.node_local,
+                host: std::env::var(SaveSettings::HOST_VARIABLE).ok(),
+            },
         })
     }
 }

@@ -65,7 +65,7 @@ fn settings(variant: Variant, precision: DType, folder: &Path, behind: bool) -> 
             options: Options::default(),
             depth: Depth { read_ahead: 1, write_behind: 1 },
         }),
-        saving: SaveSettings { behind, keep_last: None },
+        saving: SaveSettings { behind, ..SaveSettings::default() },
         ..Settings::default()
     }
 }

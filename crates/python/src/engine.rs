@@ -146,6 +146,7 @@ impl PyEngine {
                 device_memory,
             };
             let (memory, warning) = MemoryPlan::agree(config, &engine, surroundings)?;
+            engine.take_snapshot_memory();
             engine.lay_out_device()?;
             // SAFETY: the caller holds the tensors for the length of this call, and nobody writes to them.
             let span = |tensor: &TensorArg| unsafe { tensor.span() };

@@ -42,13 +42,12 @@ pub(super) const SETTINGS: &[Setting] = &[
         "Load a checkpoint of the universal form.",
         "every checkpoint loads on any number of ranks",
     ),
-    not_built(
+    built(
         "checkpoint.use_node_local_storage",
         Kind::Bool,
         "false",
-        "Save on every host because the folder is not shared.",
-        "checkpoints on storage that hosts do not share",
-        NonDefault,
+        "The checkpoint folder is not shared by the hosts: each keeps the files of its own ranks, with the manifest of all, and \
+         a load brings what a rank needs and its host does not have from the other hosts. Not with checkpoint.async.",
     ),
     built(
         "checkpoint.async",

@@ -227,8 +227,16 @@ impl Engine {
         outcome.map(drop).map_err(failed)
     }
 
+    /// Lets a thread take the memory that saves behind training copy into, if there are to be any, so that the first of them
+    /// need not. For a caller who knows that the memory is there.
+    pub fn take_snapshot_memory(&mut self) {
+        if self.settings.saving.behind {
+            self.snapshots = Memory::come(self.snapshot_bytes());
+        }
+    }
+
     /// Bytes of memory that a snapshot of the engine's own state takes on this rank.
-    pub(crate) fn snapshot_bytes(&self) -> usize {
+    fn snapshot_bytes(&self) -> usize {
         let per_element = |unit: &deepspeed_core::Unit| {
             let on_disk = self.offloaded.as_ref().is_some_and(|it| it.holds(unit.id));
             let master = usize::from(unit.dtype != DType::F32);

@@ -6,6 +6,7 @@
 
 mod agree;
 mod behind;
+mod hosts;
 mod load;
 mod resume;
 mod save;

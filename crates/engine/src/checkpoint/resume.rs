@@ -30,6 +30,9 @@ impl Engine {
         if universal {
             return self.agree_on_opened(dir, open_universal(dir, tag));
         }
+        if self.settings.saving.node_local {
+            return self.open_on_all_hosts(dir, tag);
+        }
         if tag.is_some() {
             return self.agree_on_opened(dir, open_any(dir, tag));
         }
@@ -71,6 +74,28 @@ impl Engine {
             self.load_from(&**checkpoint, options, hypers, weights, frozen)?;
         }
         Ok(checkpoint)
+    }
+
+    /// As [`Engine::open_checkpoint`], where each host has a folder of its own.
+    fn open_on_all_hosts(
+        &mut self,
+        dir: &Path,
+        tag: Option<&str>,
+    ) -> Result<Option<Box<dyn Source>>, EngineError> {
+        let mut damaged: Vec<(String, String)> = Vec::new();
+        loop {
+            let Some(chosen) = self.choose_on_all_hosts(dir, tag, &damaged)? else { return Ok(None) };
+            self.bring_files(dir, &chosen.tag)?;
+            match self.agree_on_opened(dir, open_any(dir, Some(&chosen.tag))) {
+                Err(EngineError::DamagedCheckpoint { rank, problem }) if tag.is_none() => {
+                    damaged.push((chosen.tag, format!("rank {rank}: {problem}")));
+                }
+                opened => {
+                    self.chosen = tag.is_none().then_some(chosen);
+                    return opened;
+                }
+            }
+        }
     }
 
     /// The checkpoint that was loaded without being asked for by name, and why it was that one.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use deepspeed_checkpoint::{
-    CheckpointError, CommitParts, Draft, ParamRecord, RankRecord, RankWriter, Retired, SliceSource,
+    CheckpointError, CommitParts, Draft, HostPart, ParamRecord, RankRecord, RankWriter, Retired, SliceSource,
     TensorSource, disk::RealDisk, kind, retire,
 };
 use deepspeed_comm::Group;
@@ -112,14 +112,23 @@ impl Engine {
         let group = &*group;
         group.set_activity("save_checkpoint");
         let (tag, tags_differ) = agree_on_tag(group, request.tag, request.rule)?;
-        let first = group.rank() == Rank(0);
+        let hosts = self.hosts()?;
+        let lead = hosts.lead(group.rank());
+        let first = group.rank().index() == lead;
 
         let draft = if first { Draft::begin(request.dir, &tag, nonce()).map(Some) } else { Ok(None) };
         let (draft, messages) = agree(group, "checkpoint folder", draft, |draft| {
             let name = draft.as_ref().and_then(|draft| draft.folder().file_name());
             name.map_or_else(Vec::new, |name| name.as_encoded_bytes().to_vec())
         })?;
-        let folder = request.dir.join(String::from_utf8_lossy(&messages[0]).as_ref());
+        let folder = request.dir.join(String::from_utf8_lossy(&messages[lead]).as_ref());
+        let draft = draft.map(|mut draft| {
+            if self.settings.saving.node_local {
+                let save = String::from_utf8_lossy(&messages[0]).into_owned();
+                draft.keep_part(HostPart { ranks: hosts.ranks_of(lead), save });
+            }
+            draft
+        });
 
         let target = request.dir.join(&tag);
         if self.settings.saving.behind {
