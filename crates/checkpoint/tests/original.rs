@@ -68,7 +68,8 @@ fn ours(dir: &Path, dtype: DType) -> Box<dyn Source> {
         "train_batch_size": 16,
         "accumulation_steps": 2,
     });
-    let parts = CommitParts { world: 1, stage: 2, dtype, params, state, frozen_excluded: false };
+    let parts =
+        CommitParts { world: 1, stage: 2, dtype, params, tied: Vec::new(), state, frozen_excluded: false };
     draft.commit(&[record], parts, true).unwrap();
     open_any(dir, Some("ours")).unwrap().unwrap()
 }
