@@ -1,4 +1,5 @@
 //! The original's layout: what is written is read back, and files that are wrong in any way give errors.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, too, may end a test")]
 
 use std::{fs, path::Path};
 
