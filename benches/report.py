@@ -14,6 +14,9 @@ FOOTNOTES = {
     "28 bytes a parameter",
     "allreduce": "32 MiB of fp32 between 2 ranks of one host; `engine` is the collective that our training step uses, the "
     "others are functions of `deepspeed.comm`",
+    "checkpoint": "99.7 M parameters in bf16 with AdamW at stage 2, 2 ranks: how long training stands still for a save, how long "
+    "until the checkpoint is complete and synced, and how long a load takes; `behind` is `checkpoint.async`; `copy` copies the "
+    "same files to the same disk and syncs them, `read` reads them, with one thread a rank; files are in the page cache",
 }
 
 
@@ -48,6 +51,15 @@ def rows(run: dict) -> list[Row]:
                     add("adam", "torch fused", "ms", turns, "torch_fused_ms")
                     add("adam", "copy", "ms", turns, "copy_ms")
                     add("adam", "in place", "ms", turns, "in_place_ms")
+            elif group == "checkpoint":
+                add("checkpoint/stands still", peer, "s", turns, "stands_still_s")
+                add("checkpoint/save", peer, "s", turns, "save_s")
+                if peer != "ours behind":
+                    add("checkpoint/load", peer, "s", turns, "load_s")
+                if peer == "ours" or "ours" not in peers:
+                    add("checkpoint/save", "copy", "s", turns, "copy_s")
+                    add("checkpoint/load", "copy", "s", turns, "copy_s")
+                    add("checkpoint/load", "read", "s", turns, "read_s")
             elif group == "allreduce":
                 add("allreduce", f"{peer} engine", "ms", turns, "engine_ms")
                 add("allreduce", f"{peer} all_reduce", "ms", turns, "all_reduce_ms")
@@ -147,6 +159,12 @@ def budgets(table: list[Row]) -> list[tuple[str, str, str, bool]]:
         if two is not None and three is not None:
             check(f"{prefix}: stage 3, of our own stage 2", 1.1, three / two, "")
     check("adam: of the memory's limit, in place", 1.1, found.get(("adam", "ours / in place")), "")
+    still, theirs = get("checkpoint/stands still", "ours behind"), get("checkpoint/save", "original")
+    if still is not None and theirs is not None:
+        check("checkpoint: training stands still, of the original's save", 0.1, still / theirs, "")
+    for what in ("save", "load"):
+        # 80% of the speed of a copy.
+        check(f"checkpoint: {what}, of a copy's time", 1.25, found.get((f"checkpoint/{what}", "ours / copy")), "")
     gloo = [v for (case, what), v in found.items() if case == "allreduce" and what.endswith("/ gloo")]
     check("all-reduce: of Gloo's time", 1 / 8, min(gloo) if gloo else None, "")
     return out

@@ -27,7 +27,7 @@ import report
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 WORLD = 2
-GROUPS = ("startup", "import", "step", "large", "offload", "adam", "allreduce")
+GROUPS = ("startup", "import", "step", "large", "offload", "adam", "allreduce", "checkpoint")
 LARGE = ["--width", "768", "--layers", "14", "--length", "64", "--micro", "1"]
 
 
@@ -122,6 +122,12 @@ def cases(groups: list[str], peers: dict[str, str], torch_python: str, steps: in
             for peer, python in peers.items():
                 options = ["--stage", str(stage), "--dtype", "bf16", "--offload", device, *LARGE]
                 add(f"offload/stage{stage}/{device}", peer, step, python, *options)
+    if "checkpoint" in groups:
+        for peer, python in peers.items():
+            save = [script("checkpoint_bench.py")]
+            add("checkpoint", peer, processes.ranks, python, save, WORLD, 900)
+            if peer == "ours":
+                add("checkpoint", "ours behind", processes.ranks, python, [*save, "--behind"], WORLD, 900)
     if "adam" in groups:
         for peer, python in peers.items():
             add("adam", peer, processes.single, python, [script("adam_bench.py"), "--deepspeed"], 600)

@@ -70,6 +70,9 @@ class Config:
     def differences(self) -> str:
         """The settings that differ from their defaults, a line each."""
 
+    def unbuilt_on_a_device(self) -> list[tuple[str, str]]:
+        """What the config asks for that the engine cannot do on an accelerator: (setting, what it needs)."""
+
     def attributes(self) -> dict[str, Any]:
         """The settings under the attribute names of DeepSpeedConfig."""
 
@@ -286,6 +289,10 @@ class StepReport:
     def line(self) -> str | None:
         """The step line, where one is due."""
 
+    @property
+    def checkpoint(self) -> str | None:
+        """What became of a checkpoint that is being written behind training, when there is news."""
+
 @final
 class Engine:
     """The engine of one rank, and the torch parameters it trains.
@@ -323,6 +330,12 @@ class Engine:
     def client_tensors(self) -> list[tuple[int, int, int, torch.Tensor, torch.Tensor]] | None:
         """On a device that has the state: for a client's optimizer on shards, per fragment of a parameter, its index,
         first element, number of elements, fp32 gradients and masters. None elsewhere."""
+
+    def offload_states(self, kinds: Sequence[str]) -> bool:
+        """Moves state of these kinds off the device, until `reload_states`. False where there is no device."""
+
+    def reload_states(self) -> None:
+        """Takes `offload_states` back."""
 
     def own_tensors(self) -> list[torch.Tensor] | None:
         """On a device, at stage 3: this rank's part of each parameter's weights. None elsewhere."""
@@ -469,6 +482,15 @@ class Engine:
     def give_back_freed() -> None:
         """Gives memory that the first weights took, and nobody holds any more, back to the system."""
 
+    def finish_save(self) -> str | None:
+        """Waits for a checkpoint that is being written behind training; what became of it, or None. Collective."""
+
+    def chosen(self) -> tuple[str, bool] | None:
+        """Why the checkpoint that was loaded last without a tag was chosen, and whether that is reason for a warning."""
+
+    def finish_save_alone(self) -> None:
+        """As `finish_save`, without the other ranks."""
+
     def stage(self) -> int:
         """The ZeRO stage."""
 
@@ -584,7 +606,7 @@ def share_draft(
 
 @final
 class LoadedCheckpoint:
-    """A checkpoint whose weights and optimizer state are loaded, for what Python reads itself."""
+    """A checkpoint of any format, open for reading."""
 
     @property
     def tag(self) -> str:
@@ -593,6 +615,10 @@ class LoadedCheckpoint:
     @property
     def folder(self) -> Path:
         """The checkpoint's folder."""
+
+    @property
+    def format(self) -> str:
+        """The format in words."""
 
     @property
     def world_size(self) -> int:
@@ -604,12 +630,53 @@ class LoadedCheckpoint:
     def blob(self, name: str) -> bytes | None:
         """This rank's blob, or rank 0's where fewer ranks saved."""
 
+    def trusted_file(self) -> tuple[Path, list[str]] | None:
+        """The pickle in which this rank's client state lies among other things, and its keys there; None in a format
+        that keeps it apart."""
+
+    def weights(self) -> list[tuple[str, list[int], str]]:
+        """Name, shape and torch's dtype of every parameter whose weights are there."""
+
+    def tied(self) -> list[tuple[str, str]]:
+        """Other names of parameters: (other name, name)."""
+
     def read(self, name: str, kind: str, offset: int, tensor: torch.Tensor) -> bool:
         """Reads the elements of a parameter's `kind` from `offset` on into `tensor`, cast to its dtype. False if that
         was not saved."""
 
-    def buffer(self, name: str) -> bytes | None:
-        """The bytes of a buffer, or None if it was not saved."""
+    def buffers(self) -> list[tuple[str, list[int], str]]:
+        """Name, shape and torch's dtype of every buffer."""
+
+    def buffer(self, name: str) -> bytes:
+        """The bytes of a buffer."""
+
+@final
+class SavedCheckpoint:
+    """What a save did."""
+
+    @property
+    def tags_differ(self) -> bool:
+        """Whether ranks had different tags."""
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether it is written behind training, and not there yet."""
+
+    @property
+    def removed(self) -> list[str]:
+        """Tags of older checkpoints that were removed, on rank 0."""
+
+    @property
+    def problems(self) -> list[str]:
+        """Why others could not be."""
+
+def wait_for_saves() -> list[tuple[Path, str]]:
+    """Waits for every checkpoint of this process that is still being written. Returns the folders of those that failed
+    without anybody having been told, with the reason."""
 
 def save_checkpoint(
     engine: Engine,
@@ -626,8 +693,8 @@ def save_checkpoint(
     buffers: dict[str, torch.Tensor],
     blobs: Sequence[tuple[str, bytes]],
     face: str,
-) -> tuple[str, bool, Path]:
-    """Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
+) -> SavedCheckpoint:
+    """Saves the engine's state with what Python adds.
 
     slices   of a client's optimizer: (index of the parameter, kind such as "exp_avg", first element, values).
     frozen   parameters that are not trained, left out with `exclude_frozen`.
@@ -637,15 +704,83 @@ def save_checkpoint(
     face     JSON.
     """
 
+def open_checkpoint(
+    engine: Engine, *, load_dir: str | PathLike[str], tag: str | None, universal: bool
+) -> LoadedCheckpoint | None:
+    """Opens a checkpoint of any format; None if there is no `latest` that names one. Collective."""
+
 def load_checkpoint(
     engine: Engine,
+    checkpoint: LoadedCheckpoint,
     *,
-    load_dir: str | PathLike[str],
-    tag: str | None,
+    weights: bool,
     module_only: bool,
     optimizer_states: bool,
     strict: bool,
     param_groups: Sequence[Mapping[str, Any]],
     frozen: dict[str, torch.Tensor],
-) -> LoadedCheckpoint | None:
-    """Loads into the engine, its parameters and the `frozen` ones. None if there is no `latest` to load."""
+) -> None:
+    """Loads a checkpoint into the engine, its parameters (with `weights`) and the `frozen` ones. Collective."""
+
+@final
+class SavedModel:
+    """A checkpoint of any format, and the model in it: weights from the fp32 masters, in one dtype."""
+
+    @staticmethod
+    def open(path: str | PathLike[str], tag: str | None, dtype: str, exclude_frozen: bool) -> SavedModel:
+        """Opens the checkpoint `tag` of the folder `path`, the latest, or the one whose own folder `path` is."""
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+
+    def tensors(self) -> list[tuple[str, list[int], str]]:
+        """Name, shape and dtype, as `float32`, of each tensor."""
+
+    @property
+    def tied(self) -> list[tuple[str, str]]:
+        """Other names of tensors: (other name, name)."""
+
+    @property
+    def absent(self) -> list[str]:
+        """Frozen parameters that were left out when the checkpoint was saved."""
+
+    def read(self, name: str, tensor: torch.Tensor) -> None:
+        """Reads a tensor into one of its shape and dtype."""
+
+def export_model(
+    path: str | PathLike[str],
+    tag: str | None,
+    out: str | PathLike[str],
+    *,
+    dtype: str,
+    max_shard_size: str | None,
+    safetensors: bool,
+    exclude_frozen: bool,
+    overwrite: bool,
+) -> tuple[list[Path], list[str]]:
+    """Writes the model of a checkpoint into the folder `out`. Returns the files, and the frozen parameters that are not in
+    them because the checkpoint does not have them."""
+
+@final
+class ModelFile:
+    """A file of weights that is written tensor by tensor and appears when it is complete."""
+
+    def __new__(
+        cls,
+        folder: str | PathLike[str],
+        name: str,
+        tensors: Sequence[tuple[str, Sequence[int], str]],
+        tied: Sequence[tuple[str, str]],
+    ) -> ModelFile:
+        """Begins `folder/name`: safetensors if the name says so, else a torch file.
+
+        tensors  (name, shape, dtype) in the order in which they will be written.
+        tied     other names of some of them: (other name, name).
+        """
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes the next tensor."""
+
+    def finish(self) -> None:
+        """Gives the file its name."""

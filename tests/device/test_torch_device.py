@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+import variants
 from harness import run_ranks
-from toy import config, run, start
-from variants import digest
+from models import CASES
+from toy import build, config, micro_step, run, start
+from variants import digest, whole
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Relative differences to the CPU engine: sums and updates in other orders, amplified by the updates.
@@ -56,3 +59,184 @@ def test_stages_are_bit_identical_and_agree_with_the_cpu(world: int, backend: st
                 for what in ("losses", "norms", "weights"):
                     assert other[what] == reference[what], f"{precision} stage {stage}: {what}"
                 assert other["weights"] == found[0][f"{precision} 0"]["weights"]
+
+
+def offloaded(names: tuple[str, ...], folder: str) -> dict[str, Any]:
+    return {
+        f"{name} {precision}": variants.train(CASES["gpt"], name, precision, folder, gradient_clipping=0.0)
+        for name in names
+        for precision in ("fp32", "bf16")
+    }
+
+
+def test_state_on_the_host_is_updated_by_the_cpu_engine_itself(tmp_path: Any) -> None:
+    names = ("2 optimizer on cpu", "3 all on cpu", "3 optimizer on nvme")
+    found = run_ranks(offloaded, 2, names, str(tmp_path), env=FORCED, deadline=120)
+    expected = run_ranks(offloaded, 2, ("0",), str(tmp_path), deadline=60)
+    for rank in range(2):
+        for precision in ("fp32", "bf16"):
+            reference = expected[rank][f"0 {precision}"]
+            for name in names:
+                for what in ("losses", "weights"):
+                    assert found[rank][f"{name} {precision}"][what] == reference[what], f"{name} {precision}: {what}"
+
+
+OPTIMIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("Adam", {"lr": 1e-2, "adam_w_mode": False, "weight_decay": 0.1}),
+    ("AdamW", {"lr": 1e-2, "bias_correction": False, "weight_decay": 0.1}),
+    ("Adam", {"lr": 1e-2, "adam_w_mode": False, "bias_correction": False, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    ("Adagrad", {"lr": 1e-2, "lr_decay": 0.1}),
+    ("Lion", {"lr": 1e-3, "weight_decay": 0.1}),
+    ("Lamb", {"lr": 1e-2, "weight_decay": 0.01}),
+)
+
+
+def with_each_optimizer() -> list[dict[str, Any]]:
+    out = []
+    for kind, params in OPTIMIZERS:
+        engine = start(config(2, "bf16", 2, optimizer={"type": kind, "params": params}, gradient_clipping=0.5))
+        run(engine, 8)
+        out.append({name: p.detach().float() for name, p in engine.module.named_parameters()})
+        engine.destroy()
+    return out
+
+
+def test_every_optimizer_takes_the_steps_of_the_cpu_engine() -> None:
+    found = run_ranks(with_each_optimizer, 2, env=FORCED, deadline=120)[0]
+    expected = run_ranks(with_each_optimizer, 2, deadline=60)[0]
+    start_from = {name: p.detach() for name, p in build().named_parameters()}
+    for (kind, params), ours, theirs in zip(OPTIMIZERS, found, expected, strict=True):
+        for name, p in theirs.items():
+            if p.numel() > 0:
+                moved = (p - start_from[name].bfloat16().float()).norm()
+                # Lion steps by signs, which rounding may turn where a momentum is next to nothing.
+                allowed = 0.1 if kind == "Lion" else 0.02
+                assert (ours[name] - p).norm() <= allowed * moved + 1e-2 * p.norm(), f"{kind} {params}: {name}"
+
+
+def saved_and_resumed(folder: str, precision: str, stage: int) -> dict[str, Any]:
+    settings = config(stage, precision, gradient_clipping=0.7)
+    engine = start(settings)
+    run(engine, 3)
+    engine.save_checkpoint(folder, "t")
+    through = run(engine, 3, first=3) | {"weights": digest(engine.module)}
+    engine.destroy()
+    other = start(settings, build(seed=99))
+    other.load_checkpoint(folder, "t")
+    again = run(other, 3, first=3) | {"weights": digest(other.module)}
+    other.destroy()
+    return {"through": through, "again": again}
+
+
+def resumed(folder: str, precision: str) -> dict[str, Any]:
+    engine = start(config(1, precision, gradient_clipping=0.7), build(seed=98))
+    engine.load_checkpoint(folder, "t")
+    return run(engine, 3, first=3)
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 2), ("bf16", 3), ("fp16", 0)])
+def test_a_checkpoint_resumes_on_the_device_and_off_it(precision: str, stage: int, tmp_path: Any) -> None:
+    results = run_ranks(saved_and_resumed, 2, str(tmp_path), precision, stage, env=FORCED, deadline=120)
+    on_cpu = run_ranks(resumed, 2, str(tmp_path), precision, deadline=60)
+    for result, cpu in zip(results, on_cpu, strict=True):
+        assert result["again"] == result["through"]
+        assert_close(result["through"], cpu, precision)
+
+
+def with_offloaded_states(stage: int) -> dict[str, Any]:
+    engine = start(config(stage, "bf16"))
+    for index in range(2):
+        micro_step(engine, index)
+    with whole(engine.module):
+        before = [p.detach().clone() for p in engine.module.parameters()]
+    engine.offload_states()
+    moved = sum(p.untyped_storage().nbytes() for p in engine.module.parameters() if p.requires_grad)
+    try:
+        engine._native.load_masters()
+        error = ""
+    except RuntimeError as raised:
+        error = str(raised)
+    engine.reload_states()
+    with whole(engine.module):
+        kept = all(torch.equal(p, old) for p, old in zip(engine.module.parameters(), before, strict=True))
+    return {"kept": kept, "left": moved, "error": error, **run(engine, 2, first=2)}
+
+
+def without_offloading(stage: int) -> dict[str, Any]:
+    engine = start(config(stage, "bf16"))
+    run(engine, 2)
+    return run(engine, 2, first=2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_states_frees_the_devices_memory_until_reload(stage: int) -> None:
+    (found,) = run_ranks(with_offloaded_states, 1, stage, env=FORCED)
+    (expected,) = run_ranks(without_offloading, 1, stage, env=FORCED)
+    assert found["kept"] and "reload_states" in found["error"]
+    assert found["losses"] == expected["losses"]
+    if stage < 3:
+        assert found["left"] == 0
+
+
+def single_parameters(stage: int, precision: str) -> dict[str, bool]:
+    import deepspeed
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_grad,
+        safe_get_full_optimizer_state,
+        safe_get_local_fp32_param,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
+    from toy import tokens
+
+    engine = start(config(stage, precision))
+    micro_step(engine, 0)
+    engine.backward(engine(*tokens(1, engine.global_rank)))
+    weight = engine.module.up.weight
+    ok = {"gradient": safe_get_full_grad(weight).abs().sum().item() > 0}
+    value = torch.linspace(-1, 1, 55 * 18).view(55, 18)
+    safe_set_full_fp32_param(weight, value)
+    safe_set_full_optimizer_state(weight, value.abs(), "exp_avg_sq")
+    ok["master"] = torch.equal(safe_get_full_fp32_param(weight), value)
+    ok["state"] = torch.equal(safe_get_full_optimizer_state(weight, "exp_avg_sq"), value.abs())
+    ok["local"] = bool(torch.isin(safe_get_local_fp32_param(weight), value).all())
+    with whole(engine.module):
+        ok["weight"] = torch.equal(weight.detach().float(), value.to(weight.dtype).float())
+    engine.step()
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+        if engine.global_rank == 0 or stage < 3:
+            weight.data.fill_(0.25)
+    with whole(engine.module):
+        ok["written"] = bool((weight == 0.25).all())
+    if stage == 3:
+        ok["master written"] = bool((safe_get_full_fp32_param(weight).to(weight.dtype) == 0.25).all())
+    micro_step(engine, 2)
+    return ok
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16"), (3, "fp32")])
+def test_single_parameters_can_be_read_and_written(stage: int, precision: str) -> None:
+    for found in run_ranks(single_parameters, 2, stage, precision, env=FORCED):
+        assert all(found.values()), found
+
+
+def refused(folder: str) -> list[str]:
+    from deepspeed._features import FeatureNotBuiltError
+
+    messages = []
+    for block in (
+        {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": folder}},
+        {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+    ):
+        with pytest.raises(FeatureNotBuiltError) as raised:
+            start(config(zero_optimization=block))
+        messages.append(str(raised.value))
+    return messages
+
+
+def test_what_the_device_path_lacks_is_named(tmp_path: Any) -> None:
+    ((disk, part),) = run_ranks(refused, 1, str(tmp_path), env=FORCED)
+    assert 'offload_param.device "nvme"' in disk and "ratio" in part

@@ -132,14 +132,23 @@ def run(engine: Any, steps: int, first: int = 0, make_batch: Callable[..., Any] 
 def digest(module: nn.Module) -> str:
     """One number for every bit of parameters and buffers."""
     total = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        total.update(name.encode() + tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    with whole(module):
+        for name, tensor in module.state_dict().items():
+            total.update(name.encode() + tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def whole(module: nn.Module) -> Any:
+    """A context in which every parameter of `module` is whole, also where stage 3 gathers them."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()))
 
 
 def flat(module: nn.Module) -> list[float]:
     """All weights as one list, for comparisons that allow rounding."""
-    return torch.cat([p.detach().double().flatten() for p in module.parameters()]).tolist()
+    with whole(module):
+        return torch.cat([p.detach().double().flatten() for p in module.parameters()]).tolist()
 
 
 def apart(one: list[float], other: list[float]) -> float:

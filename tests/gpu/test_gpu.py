@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from harness import run_ranks
+from harness import run_ranks as run_on_cpu
 from models import CASES, build
 from variants import BLOCKS, DTYPES, config, start, values
 
@@ -23,6 +25,24 @@ OFFLOADED = ("2 optimizer on cpu", "3 optimizer on cpu", "3 all on cpu")
 MODELS = ("lstm", "tied and frozen", "experts", "convolutions", "reused", "returns dict")
 
 
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, **options: Any) -> list[Any]:
+    """On ranks whose accelerator is the GPU."""
+    return run_on_cpu(function, world, *args, **options | {"env": {"DS_ACCELERATOR": "cuda", **options.get("env", {})}})
+
+
+@contextmanager
+def accelerator_for(device: str) -> Iterator[None]:
+    """A model on the CPU stays there only where there is no other accelerator."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    before = get_accelerator()
+    if device == "cpu":
+        set_accelerator(CPU_Accelerator())
+    yield
+    set_accelerator(before)
+
+
 def on_the_gpu(batch: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(DEVICE)
@@ -36,7 +56,8 @@ def train(case: str, variant: str, precision: str, device: str, folder: str = ""
     # Matrix products in full fp32, as on the CPU.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     made = CASES[case]
-    engine = start(config(variant, precision, folder), build(made).to(device))
+    with accelerator_for(device):
+        engine = start(config(variant, precision, folder), build(made).to(device))
     seen: set[str] = set()
     watched = next(m for m in engine.module.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)))
     watched.register_forward_pre_hook(lambda module, _: seen.add(str(module.weight.device)))
@@ -145,7 +166,8 @@ def resumed(variant: str, folder: str) -> tuple[str, str, bool]:
     run(other, 3)
     again = digest_on_host(other.module)
     other.destroy()
-    host = start(config("2"), build(made, seed=98))
+    with accelerator_for("cpu"):
+        host = start(config("2"), build(made, seed=98))
     host.load_checkpoint(folder, "w")
     return through, again, host.global_steps == 3
 
@@ -189,6 +211,21 @@ def mismatched() -> str:
 def test_a_model_on_two_devices_is_refused_by_name() -> None:
     (error,) = run_ranks(mismatched, 1)
     assert "1." in error and "cpu" in error and "cuda" in error
+
+
+def moved_by_the_engine(variant: str) -> tuple[str, set[str], float]:
+    made = CASES["gpt"]
+    engine = start(config(variant), build(made))
+    loss = engine(*on_the_gpu(made.batch(0, 0, torch.float32)[0]))
+    engine.backward(loss)
+    engine.step()
+    return str(engine.device), {str(b.device) for b in engine.module.buffers()} | {str(loss.device)}, loss.item()
+
+
+@pytest.mark.parametrize("variant", ["2", "3"])
+def test_a_model_on_the_host_is_taken_to_the_gpu(variant: str) -> None:
+    ((device, seen, loss),) = run_ranks(moved_by_the_engine, 1, variant, deadline=120)
+    assert device == DEVICE and seen == {DEVICE} and loss > 0
 
 
 def inputs_on_the_host(precision: str) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class _Server:
         ours, theirs = socket.socketpair()
         environment = {
             **{k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES},
+            # A model on the CPU stays there, also on a host with an accelerator; tests of that say otherwise.
+            "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",

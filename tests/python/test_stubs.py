@@ -132,7 +132,7 @@ WRONG = {
     "Engine.__new__": ("        ranks_per_host: int,\n        device", "        device"),
     "Engine.end_backward": ("def end_backward(self, scaled: bool, averaged", "def end_backward(self, averaged"),
     "Group.handle": ("def handle(self)", "def grip(self)"),
-    "LoadedCheckpoint.folder": ("    @property\n    def folder", "    def folder"),
+    "LoadedCheckpoint.face": ("def face(self) -> str", "def face(self, path: str) -> str"),
     "SCHEDULES": ("SCHEDULES: list[str]", ""),
     "Schedule": ("class Schedule:", "class Timetable:"),
     "StepReport": ("@final\nclass StepReport:", "class StepReport:"),

@@ -18,7 +18,7 @@ use crate::{
 const BLOBS: [&str; 2] = ["python", "client_state"];
 
 /// Writes the checkpoint `tag` into `dir`. Rank 0 has all slices; the others, as many as wrote `source`, what only they
-/// can know: random states and the client's state. One parameter at a time is in memory.
+/// can know: random states and the client's state. Elements pass through memory piece by piece.
 ///
 /// # Errors
 /// [`CheckpointError::Exists`] if there is a checkpoint of that tag and not `overwrite`, or if it is `source` itself; what
@@ -42,10 +42,10 @@ pub fn to_ours(
     for param in source.params() {
         let len = numel(&param.shape).unwrap_or(0);
         for Stored { kind, from, dtype } in stored(source, param) {
-            writer.slice_from((&param.name, kind, &param.shape), 0, (len, dtype), move || {
-                let bytes = read_as(source, &param.name, from, len, dtype).map_err(io::Error::other)?;
-                progress.advance(bytes.len() as u64);
-                Ok(bytes)
+            writer.slice_from((&param.name, kind, &param.shape), 0, (len, dtype), move |start, memory| {
+                read_as(source, (&param.name, from), start, dtype, memory).map_err(io::Error::other)?;
+                progress.advance(memory.len() as u64);
+                Ok(())
             })?;
         }
     }
@@ -104,18 +104,23 @@ fn stored<'a>(source: &'a dyn Source, param: &ParamRecord) -> Vec<Stored<'a>> {
     stored
 }
 
-/// All elements of a kind in `dtype`, as bytes.
-fn read_as(source: &dyn Source, name: &str, kind: &str, len: usize, dtype: DType) -> Result<Vec<u8>> {
-    let mut elements = AlignedBuffer::zeroed(len, dtype);
+/// Fills `memory` with elements of a kind of a parameter in `dtype`, from element `start` on.
+fn read_as(
+    source: &dyn Source,
+    (name, kind): (&str, &str),
+    start: usize,
+    dtype: DType,
+    memory: &mut [u8],
+) -> Result<()> {
+    // The memory may lie anywhere, elements may not.
+    let mut elements = AlignedBuffer::zeroed(memory.len() / dtype.size(), dtype);
+    let range = start..start + elements.len();
     let mut target = elements.span_mut();
-    if source.dtype(name, kind) == Some(dtype) {
-        source.read(name, kind, 0..len, target)?;
-    } else {
-        source.visit(name, kind, 0..len, &mut |start, piece| {
-            deepspeed_kernels::cast(piece, target.slice_mut(start, piece.len()));
-        })?;
-    }
-    Ok(elements.span().as_bytes().to_vec())
+    source.visit(name, kind, range, &mut |at, piece| {
+        deepspeed_kernels::cast(piece, target.slice_mut(at - start, piece.len()));
+    })?;
+    memory.copy_from_slice(elements.span().as_bytes());
+    Ok(())
 }
 
 /// The dtype of the first parameter that was trained.

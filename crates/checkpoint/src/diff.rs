@@ -6,7 +6,7 @@ use deepspeed_core::{AlignedBuffer, DType, Span};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::{ElementType, Progress, Result, Source, record::numel};
+use crate::{ElementType, ParamRecord, Progress, Result, Source, record::numel};
 
 /// Elements compared at a time.
 const PIECE: usize = 1 << 20;
@@ -88,14 +88,7 @@ impl Differences {
 /// What reading says.
 pub fn diff(a: &dyn Source, b: &dyn Source, progress: &dyn Progress) -> Result<Differences> {
     let mut found = Differences::default();
-    let bytes = |source: &dyn Source| -> u64 {
-        source
-            .params()
-            .iter()
-            .map(|it| numel(&it.shape).unwrap_or(0) as u64 * source.kinds(&it.name).len() as u64)
-            .sum()
-    };
-    progress.begin("comparing", bytes(a));
+    progress.begin("comparing", elements(a));
     for param in a.params() {
         let Some(other) = b.param(&param.name) else {
             found.only_in_a.push(format!("parameter `{}`", param.name));
@@ -144,6 +137,15 @@ pub fn diff(a: &dyn Source, b: &dyn Source, progress: &dyn Progress) -> Result<D
     compare_buffers(a, b, &mut found)?;
     compare_state("", a.state(), b.state(), &mut found.state);
     Ok(found)
+}
+
+/// Elements of all that is stored of parameters: for the progress, an element counts as a byte.
+fn elements(source: &dyn Source) -> u64 {
+    let of = |param: &ParamRecord| {
+        let kinds = source.kinds(&param.name).len() as u64;
+        (numel(&param.shape).unwrap_or(0) as u64).saturating_mul(kinds)
+    };
+    source.params().iter().map(of).fold(0, u64::saturating_add)
 }
 
 fn compare_param(

@@ -22,7 +22,7 @@ use crate::{
     disk::{self, Disk, RealDisk},
     latest::manifest_checksum_text,
     lock::{self, Lock, Owner},
-    manifest::{CommitParts, MANIFEST, MANIFEST_CHECKSUM, is_file_name},
+    manifest::{CommitParts, HostPart, MANIFEST, MANIFEST_CHECKSUM, is_file_name},
     tag::{self, LATEST},
     validate_tag,
 };
@@ -35,6 +35,12 @@ pub fn draft_folder(dir: &Path, tag: &str, nonce: u64) -> PathBuf {
     dir.join(tag::draft_name(tag, nonce))
 }
 
+/// Where files of `tag` are put that a load has brought from other hosts, beside the folder of the checkpoint itself. The
+/// next save removes it.
+pub fn peers_folder(dir: &Path, tag: &str) -> PathBuf {
+    dir.join(tag::removed_name(tag, 0))
+}
+
 /// A checkpoint that is being written. Dropped without [`Draft::commit`], it vanishes.
 pub struct Draft {
     disk: Arc<dyn Disk>,
@@ -44,6 +50,7 @@ pub struct Draft {
     folder: PathBuf,
     warnings: Vec<CheckpointError>,
     finished: bool,
+    host: Option<HostPart>,
     _lock: Lock,
 }
 
@@ -71,7 +78,8 @@ impl Draft {
         let lock_path = lock::lock_path(&folder);
         let lock = lock::acquire(&lock_path).map_err(CheckpointError::io("lock", &lock_path))?;
         let (dir, tag) = (dir.to_owned(), tag.to_owned());
-        let draft = Self { disk, dir, tag, nonce, folder, warnings, finished: false, _lock: lock };
+        let draft =
+            Self { disk, dir, tag, nonce, folder, warnings, finished: false, host: None, _lock: lock };
         draft.disk.create_dir(&draft.folder).map_err(CheckpointError::io("create", &draft.folder))?;
         Ok(draft)
     }
@@ -79,6 +87,21 @@ impl Draft {
     /// Where the ranks write.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// The checkpoint directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The checkpoint's folder, once it is committed.
+    pub fn target(&self) -> PathBuf {
+        self.dir.join(&self.tag)
+    }
+
+    /// Says that only this part of the files will be in the folder, because other hosts keep theirs.
+    pub fn keep_part(&mut self, host: HostPart) {
+        self.host = Some(host);
     }
 
     /// What could not be done about leftovers of dead jobs. None of it hinders this save.
@@ -102,9 +125,11 @@ impl Draft {
     ) -> Result<PathBuf> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let saved_at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-        let manifest = Manifest::new(parts, records, CHUNK_BYTES, saved_at_ms)
+        let mut manifest = Manifest::new(parts, records, CHUNK_BYTES, saved_at_ms, save_latest)
             .map_err(|problem| CheckpointError::Coverage { problem })?;
+        manifest.host.clone_from(&self.host);
         self.check_files(&manifest)?;
+        self.remove_reports()?;
         let text = manifest.to_bytes();
         self.write_file(&self.folder.join(MANIFEST), &text)?;
         self.write_file(&self.folder.join(MANIFEST_CHECKSUM), manifest_checksum_text(&text).as_bytes())?;
@@ -124,6 +149,25 @@ impl Draft {
         Ok(target)
     }
 
+    /// As [`Draft::commit`] with `save_latest`, for a folder of another format: the files are what they are, written and
+    /// synced.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Occupied`], [`CheckpointError::Io`].
+    pub(crate) fn commit_files(mut self) -> Result<PathBuf> {
+        self.sync_dir(&self.folder)?;
+        let target = self.place()?;
+        self.sync_dir(&self.dir)?;
+        let (temporary, latest) = (self.temporary_latest(), self.dir.join(LATEST));
+        self.write_file(&temporary, self.tag.as_bytes())?;
+        self.disk.rename(&temporary, &latest).map_err(CheckpointError::io("replace", &latest))?;
+        self.sync_dir(&self.dir)?;
+        self.finished = true;
+        // As in `commit`.
+        let _ = self.remove();
+        Ok(target)
+    }
+
     /// Removes the draft.
     ///
     /// # Errors
@@ -133,8 +177,19 @@ impl Draft {
         self.remove()
     }
 
+    /// Removes what threads of a save behind training told each other.
+    fn remove_reports(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.folder).map_err(CheckpointError::io("list", &self.folder))? {
+            let entry = entry.map_err(CheckpointError::io("list", &self.folder))?;
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                remove(&*self.disk, &entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
     fn check_files(&self, manifest: &Manifest) -> Result<()> {
-        for file in &manifest.files {
+        for file in manifest.files.iter().filter(|file| manifest.is_here(file)) {
             let path = self.folder.join(&file.name);
             let found = match fs::metadata(&path) {
                 Ok(metadata) if metadata.len() == file.bytes => continue,
@@ -277,6 +332,10 @@ fn remove_leftovers(disk: &dyn Disk, dir: &Path) -> Vec<CheckpointError> {
 }
 
 fn remove_leftover(disk: &dyn Disk, dir: &Path, name: &str) -> Result<()> {
+    if tag::tag_of_removed(name).is_some() {
+        // Nothing but that is ever done with it; two who do it do not mind each other.
+        return remove(disk, &dir.join(name));
+    }
     let (tag, draft, aside) = match (tag::tag_of_draft(name), tag::tag_of_replaced(name)) {
         (Some(tag), _) => (tag, name.to_owned(), None),
         (_, Some(tag)) => (tag, name.replacen(".old-", ".tmp-", 1), Some(dir.join(name))),

@@ -90,8 +90,8 @@ pub enum CheckpointError {
     },
     /// The folder holds a checkpoint of the original DeepSpeed.
     #[error(
-        "{} is a checkpoint of the original DeepSpeed (it holds {example}); reading these is not built yet: export it \
-         with the `zero_to_fp32.py` beside it and load the weights into the model",
+        "{} is a checkpoint of the original DeepSpeed (it holds {example}), and this reads only its own format: open it \
+         with `open_any`",
         folder.display()
     )]
     Foreign {
@@ -99,6 +99,14 @@ pub enum CheckpointError {
         folder: PathBuf,
         /// One of the files that gave it away.
         example: String,
+    },
+    /// The checkpoint is whole, and of a kind that cannot be read.
+    #[error("checkpoint {} cannot be read: {reason}", folder.display())]
+    Unsupported {
+        /// The checkpoint's folder.
+        folder: PathBuf,
+        /// Why, and what to do.
+        reason: String,
     },
     /// A later version of this software wrote the checkpoint.
     #[error(
@@ -171,6 +179,32 @@ pub enum CheckpointError {
         /// The dtype of the destination.
         dst: DType,
     },
+    /// There are checkpoints, and none of them is complete.
+    #[error(
+        "no checkpoint in {} is complete: {problem}; move what is there away to start from the beginning, or pass the tag \
+         of another folder",
+        dir.display()
+    )]
+    NoneComplete {
+        /// The checkpoint directory.
+        dir: PathBuf,
+        /// What is wrong with one of them.
+        problem: String,
+    },
+    /// The system refuses the memory of a snapshot.
+    #[error(
+        "no memory for a copy of {bytes} bytes, which a save behind training needs: {source}; set checkpoint.async to false \
+         to save without one"
+    )]
+    Memory {
+        /// The bytes.
+        bytes: usize,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another rank could not do its part of a save behind training.
+    #[error("the checkpoint was not completed because of an error on another rank, which reports it")]
+    GivenUp,
     /// The bytes another rank sent are not a record.
     #[error("the record of a rank's files cannot be read: {0}")]
     Record(#[source] serde_json::Error),

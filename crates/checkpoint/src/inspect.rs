@@ -232,7 +232,11 @@ pub fn inspect(source: &dyn Source) -> CheckpointFacts {
         format: source.format(),
         world: source.world(),
         stage: source.stage(),
-        elements: source.params().iter().map(|param| numel(&param.shape).unwrap_or(0) as u64).sum(),
+        elements: source
+            .params()
+            .iter()
+            .map(|param| numel(&param.shape).unwrap_or(0) as u64)
+            .fold(0, u64::saturating_add),
         bytes: folder_size(source.folder()).0,
         kinds,
         params,

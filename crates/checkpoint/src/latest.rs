@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{Advice, FileType, Mode, OFlags};
+use rustix::fs::{Advice, FileType, FlockOperation, Mode, OFlags};
 
 use crate::{
     CheckpointError, Checksum, Manifest, Result,
@@ -28,6 +28,8 @@ pub struct CompleteTag {
     pub tag: String,
     /// When it was committed, milliseconds since 1970 UTC.
     pub saved_at_ms: u64,
+    /// Whether it was saved to be gone on from, as opposed to one that was kept aside.
+    pub save_latest: bool,
 }
 
 /// The complete checkpoints in `dir`, newest first. Complete means: the manifest is intact and every file has its size;
@@ -49,7 +51,8 @@ pub fn complete_tags(dir: &Path) -> Result<Vec<CompleteTag>> {
         if validate_tag(tag).is_ok() && !tags.iter().any(|known: &CompleteTag| known.tag == tag) {
             // What is broken is not complete; why it is broken is said when it is asked for.
             if let Ok((_, manifest)) = find(dir, tag) {
-                tags.push(CompleteTag { tag: tag.to_owned(), saved_at_ms: manifest.saved_at_ms });
+                let Manifest { saved_at_ms, save_latest, .. } = manifest;
+                tags.push(CompleteTag { tag: tag.to_owned(), saved_at_ms, save_latest });
             }
         }
     }
@@ -66,8 +69,13 @@ pub(crate) fn complete_names(dir: &Path, except: &str) -> Vec<String> {
 
 /// The tag in `latest`, if there is such a file.
 pub(crate) fn read_latest(dir: &Path) -> Result<Option<String>> {
-    let path = dir.join(LATEST);
-    let text = match File::open(&path).and_then(|file| read_limited(file, MAX_SMALL)) {
+    read_tag(dir, LATEST)
+}
+
+/// The tag in the file `name` of `dir`, if there is such a file.
+pub(crate) fn read_tag(dir: &Path, name: &str) -> Result<Option<String>> {
+    let path = dir.join(name);
+    let text = match File::open(&path).and_then(|file| read_limited(&file, MAX_SMALL)) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(CheckpointError::io("read", &path)(error)),
@@ -88,13 +96,15 @@ pub(crate) fn read_latest(dir: &Path) -> Result<Option<String>> {
 pub(crate) struct Folder {
     pub(crate) path: PathBuf,
     fd: OwnedFd,
+    /// The manifest, locked for as long as somebody reads: retention leaves the checkpoint alone.
+    reading: Option<File>,
 }
 
 impl Folder {
     fn open(path: PathBuf) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = rustix::fs::open(&path, flags, Mode::empty())?;
-        Ok(Self { path, fd })
+        Ok(Self { path, fd, reading: None })
     }
 
     /// Opens a regular file in the folder; never waits, whatever is behind the name.
@@ -148,7 +158,7 @@ fn replaced(dir: &Path, tag: &str) -> Option<Folder> {
     names.into_iter().find_map(|name| Folder::open(dir.join(name)).ok())
 }
 
-fn check(dir: &Path, tag: &str, folder: Folder) -> Result<(Folder, Manifest)> {
+fn check(dir: &Path, tag: &str, mut folder: Folder) -> Result<(Folder, Manifest)> {
     let damaged = |file: &str, problem: String| CheckpointError::Damaged {
         dir: dir.to_owned(),
         tag: tag.to_owned(),
@@ -156,7 +166,13 @@ fn check(dir: &Path, tag: &str, folder: Folder) -> Result<(Folder, Manifest)> {
         problem,
         complete: Vec::new(),
     };
-    let bytes = match read_small(&folder, MANIFEST, MAX_MANIFEST) {
+    let bytes = match folder.open_file(MANIFEST).and_then(|file| {
+        // Where there are no locks, a checkpoint that is removed while it is read is an error and not garbage.
+        let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared);
+        let bytes = read_limited(&file, MAX_MANIFEST);
+        folder.reading = Some(file);
+        bytes
+    }) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(match original_file(&folder.path) {
@@ -186,7 +202,7 @@ fn check(dir: &Path, tag: &str, folder: Folder) -> Result<(Folder, Manifest)> {
         _ if is_content(&error) => damaged(MANIFEST_CHECKSUM, error.to_string()),
         _ => CheckpointError::io("read", &folder.path.join(MANIFEST_CHECKSUM))(error),
     })?;
-    for file in &manifest.files {
+    for file in manifest.files.iter().filter(|file| manifest.is_here(file)) {
         match folder.size(&file.name) {
             Ok(bytes) if bytes == file.bytes => {}
             Ok(bytes) => {
@@ -216,10 +232,10 @@ fn check_manifest_checksum(text: &[u8], manifest: &[u8]) -> Result<(), String> {
 }
 
 fn read_small(folder: &Folder, name: &str, limit: u64) -> io::Result<Vec<u8>> {
-    read_limited(folder.open_file(name)?, limit)
+    read_limited(&folder.open_file(name)?, limit)
 }
 
-fn read_limited(file: File, limit: u64) -> io::Result<Vec<u8>> {
+fn read_limited(file: &File, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let len = file.take(limit + 1).read_to_end(&mut bytes)?;
     if len as u64 > limit {

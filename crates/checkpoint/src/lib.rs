@@ -61,6 +61,7 @@
 //! Files are read with positioned reads, not mapped: a bad sector or a file cut short under our feet is then an error
 //! and not a signal that ends the process.
 
+mod background;
 mod checksum;
 pub mod convert;
 mod coverage;
@@ -70,6 +71,7 @@ mod draft;
 mod element;
 mod error;
 pub mod export;
+mod file_writer;
 mod header;
 mod index;
 pub mod inspect;
@@ -78,27 +80,36 @@ mod locate;
 mod lock;
 mod manifest;
 mod open;
+mod original;
 mod output;
 mod progress;
 mod reader;
 mod record;
+mod resume;
+mod retention;
+mod snapshot;
 mod source;
 mod tag;
 mod verify;
 mod writer;
 
+pub use background::{BackgroundSave, Commit, Failure, Outcome, Presence, Role, wait_for_all};
 pub use checksum::Checksum;
-pub use draft::{Draft, draft_folder};
+pub use draft::{Draft, draft_folder, peers_folder};
 pub use element::{ElementType, UnknownElementType};
 pub use error::{CheckpointError, Result};
 pub use latest::{CompleteTag, complete_tags};
 pub use locate::Location;
-pub use manifest::{CommitParts, FORMAT_VERSION, Manifest};
-pub use open::open_any;
+pub use manifest::{CommitParts, FORMAT_VERSION, HostPart, Manifest};
+pub use open::{open_any, open_universal};
+pub use original::{OriginalCheckpoint, OriginalOptions, write_original, write_universal};
 pub use progress::{Progress, Silent};
 pub use reader::Checkpoint;
 pub use record::{BlobRecord, FileRecord, ParamRecord, RankRecord, SliceRecord, TensorRecord};
-pub use source::{Source, TensorFacts};
+pub use resume::{Chosen, choose};
+pub use retention::{Retired, retire};
+pub use snapshot::{CopyPair, Snapshot, SnapshotMemory};
+pub use source::{Source, TensorFacts, TrustedFile};
 pub use tag::validate_tag;
 pub use verify::verify;
 pub use writer::{RankWriter, SliceSource, TensorSource};

@@ -34,6 +34,10 @@ pub struct Manifest {
     pub writer: String,
     /// When it was committed, milliseconds since 1970 UTC.
     pub saved_at_ms: u64,
+    /// Whether `latest` was to name it: it is one to go on from, and retention may remove it. One that is kept aside says
+    /// false.
+    #[serde(default)]
+    pub save_latest: bool,
     /// Number of ranks that wrote it.
     pub world: usize,
     /// The ZeRO stage it was written at.
@@ -51,8 +55,20 @@ pub struct Manifest {
     /// Other names of parameters and whole tensors: (other name, name under which it is stored).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tied: Vec<(String, String)>,
+    /// Where hosts share no storage: which part of the files is in this folder. The others are on other hosts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostPart>,
     /// The files.
     pub files: Vec<FileRecord>,
+}
+
+/// One host's part of a checkpoint whose files are spread over the storage of several hosts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPart {
+    /// The ranks whose files are here.
+    pub ranks: Vec<usize>,
+    /// The same text on all hosts, and another for every save.
+    pub save: String,
 }
 
 /// The part of a manifest that every version has.
@@ -96,6 +112,11 @@ pub struct CommitParts {
 }
 
 impl Manifest {
+    /// Whether a file is in this checkpoint's own folder.
+    pub fn is_here(&self, file: &FileRecord) -> bool {
+        self.host.as_ref().is_none_or(|host| host.ranks.contains(&file.rank))
+    }
+
     /// Puts together what the ranks wrote.
     ///
     /// # Errors
@@ -105,6 +126,7 @@ impl Manifest {
         records: &[RankRecord],
         chunk_bytes: u64,
         saved_at_ms: u64,
+        save_latest: bool,
     ) -> Result<Self, String> {
         let mut by_rank: Vec<Option<&RankRecord>> = vec![None; parts.world];
         for record in records {
@@ -125,12 +147,14 @@ impl Manifest {
             format_version: FORMAT_VERSION,
             writer: concat!("deepspeed ", env!("CARGO_PKG_VERSION")).to_owned(),
             saved_at_ms,
+            save_latest,
             world: parts.world,
             stage: parts.stage,
             dtype: parts.dtype.into(),
             frozen_excluded: parts.frozen_excluded,
             state: parts.state,
             chunk_bytes,
+            host: None,
             params: parts.params,
             tied: parts.tied,
             files,

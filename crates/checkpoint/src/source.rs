@@ -2,7 +2,11 @@
 //!
 //! Loading, exporting, comparing and converting are written against [`Source`], so that each works on every format.
 
-use std::{fmt, ops::Range, path::Path};
+use std::{
+    fmt,
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use deepspeed_core::{DType, Rank, Span, SpanMut};
 use serde_json::Value;
@@ -18,6 +22,15 @@ pub struct TensorFacts {
     pub dtype: ElementType,
     /// Its shape.
     pub shape: Vec<usize>,
+}
+
+/// A pickle that a face may execute, if its user trusts whoever wrote it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrustedFile {
+    /// The file.
+    pub path: PathBuf,
+    /// The keys of the dict in it that are the client's.
+    pub keys: Vec<String>,
 }
 
 /// A checkpoint of any format, opened for reading. Threads may share one.
@@ -90,6 +103,21 @@ pub trait Source: fmt::Debug + Send + Sync {
     /// # Errors
     /// As [`Source::read`].
     fn blob(&self, rank: Rank, name: &str) -> Result<Option<Vec<u8>>>;
+
+    /// Tells which parameters the reader trains, in registration order, each with its parameter group: what a format
+    /// without names needs to know whose state is whose.
+    ///
+    /// # Errors
+    /// As [`Source::read`].
+    fn resolve(&mut self, _trained: &[(&str, usize)]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Where the client state of `rank` lies as a pickle, for a face that may execute it; the blob `client_state` holds
+    /// what of it is plain. None in a format that keeps client state apart.
+    fn trusted_file(&self, _rank: Rank) -> Option<TrustedFile> {
+        None
+    }
 
     /// The share of one of `world` ranks in checking every byte of every file against what is known of it.
     ///

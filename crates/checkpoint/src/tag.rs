@@ -44,6 +44,11 @@ pub(crate) fn replaced_name(tag: &str, nonce: u64) -> String {
     format!(".old-{tag}-{nonce:016x}")
 }
 
+/// Where a checkpoint goes that is being removed.
+pub(crate) fn removed_name(tag: &str, nonce: u64) -> String {
+    format!(".del-{tag}-{nonce:016x}")
+}
+
 /// The tag in a name made by [`draft_name`].
 pub(crate) fn tag_of_draft(name: &str) -> Option<&str> {
     tag_of(name, ".tmp-")
@@ -52,6 +57,11 @@ pub(crate) fn tag_of_draft(name: &str) -> Option<&str> {
 /// The tag in a name made by [`replaced_name`].
 pub(crate) fn tag_of_replaced(name: &str) -> Option<&str> {
     tag_of(name, ".old-")
+}
+
+/// The tag in a name made by [`removed_name`].
+pub(crate) fn tag_of_removed(name: &str) -> Option<&str> {
+    tag_of(name, ".del-")
 }
 
 fn tag_of<'a>(name: &'a str, prefix: &str) -> Option<&'a str> {
@@ -86,6 +96,7 @@ mod tests {
     fn temporary_names_give_the_tag_back() {
         assert_eq!(tag_of_draft(&draft_name("a-b", 255)), Some("a-b"));
         assert_eq!(tag_of_replaced(&replaced_name("2.5", u64::MAX)), Some("2.5"));
+        assert_eq!(tag_of_removed(&removed_name("2.5", 0)), Some("2.5"));
         for name in ["a", ".tmp-a", ".tmp-a-12", ".tmp--00000000000000ff", ".old-a-00000000000000ff"] {
             assert_eq!(tag_of_draft(name), None, "{name}");
         }

@@ -10,19 +10,15 @@ use std::{
 use deepspeed_core::{DType, Rank, Span};
 
 use crate::{
-    BlobRecord, CheckpointError, ElementType, FileRecord, RankRecord, Result, SliceRecord, TensorRecord,
-    checksum::ChunkHasher,
+    CheckpointError, ElementType, FileRecord, RankRecord, Result, Snapshot, SnapshotMemory,
     disk::{Disk, DiskFile, RealDisk},
+    file_writer::{Bytes, Content, Item, PlannedFile},
     header::{self, Entry},
     kind,
     manifest::FileKind,
     record::numel,
+    snapshot::CopyPair,
 };
-
-/// Bytes per write: enough to make calls rare, few enough that what was just hashed is still in the cache.
-const BLOCK: usize = 512 << 10;
-/// Slices below this size are gathered into one block before they are written.
-const SMALL: usize = 128 << 10;
 
 /// Elements of one parameter that this rank owns.
 #[derive(Clone, Copy, Debug)]
@@ -50,25 +46,6 @@ pub struct TensorSource<'a> {
     pub shape: &'a [usize],
     /// Its elements, row by row, little endian.
     pub bytes: &'a [u8],
-}
-
-/// What an entry of a file is, besides its bytes.
-enum Content {
-    Slice { param: String, kind: String, start: usize, len: usize },
-    Tensor,
-    Blob,
-}
-
-struct Item<'a> {
-    entry: Entry,
-    content: Content,
-    bytes: Bytes<'a>,
-}
-
-/// Where the bytes of an item come from.
-enum Bytes<'a> {
-    Memory(Cow<'a, [u8]>),
-    Read(Box<dyn FnOnce() -> io::Result<Vec<u8>> + 'a>),
 }
 
 /// Collects what one rank has to save and writes it. Nothing is copied; nothing is written before
@@ -110,18 +87,24 @@ impl<'a> RankWriter<'a> {
     }
 
     /// As [`RankWriter::slice`], for `len` elements of `dtype` that `read` brings into memory when their turn comes: state
-    /// that lies elsewhere passes through memory slice by slice.
+    /// that lies elsewhere passes through memory piece by piece. `read` is given the first element of a piece, counted
+    /// from the slice's first, and the memory for it.
     ///
     /// # Errors
-    /// As [`RankWriter::slice`]. What `read` says, and a wrong number of bytes, are errors of [`RankWriter::finish`].
+    /// As [`RankWriter::slice`]. What `read` says is an error of [`RankWriter::finish`].
     pub fn slice_from(
         &mut self,
         (name, kind, shape): (&str, &str, &[usize]),
         offset: usize,
         (len, dtype): (usize, DType),
-        read: impl FnOnce() -> io::Result<Vec<u8>> + 'a,
+        read: impl FnMut(usize, &mut [u8]) -> io::Result<()> + 'a,
     ) -> Result<()> {
-        self.add_slice((name, kind, shape), offset, (len, dtype), Bytes::Read(Box::new(read)))
+        self.add_slice(
+            (name, kind, shape),
+            offset,
+            (len, dtype),
+            Bytes::Elsewhere { read: Box::new(read), bytes: len * dtype.size(), element: dtype.size() },
+        )
     }
 
     fn add_slice(
@@ -184,132 +167,83 @@ impl<'a> RankWriter<'a> {
     /// # Errors
     /// [`CheckpointError::Io`] for what the system refuses, [`CheckpointError::Source`] for two things of one name.
     pub fn finish(self) -> Result<RankRecord> {
+        let (disk, folder, rank) = (self.disk.clone(), self.folder.clone(), self.rank);
         let mut written = Vec::new();
+        for (file, sources) in self.plan()? {
+            let mut writing = file.create(&*disk, &folder)?;
+            for source in sources {
+                writing.write(source)?;
+            }
+            written.push(writing.finish()?);
+        }
+        sync_all(&folder, written).map(|files| RankRecord { rank: rank.index(), files })
+    }
+
+    /// Copies everything into `memory`, so that training may change the originals while the copy is written, and returns
+    /// what remains to be done. `copy` is given what goes where, in one call, and may use as many threads as it likes.
+    ///
+    /// What does not lie in memory (see [`RankWriter::slice_from`]) is written here and now, piece by piece: a copy of it
+    /// has no place.
+    ///
+    /// # Errors
+    /// As [`RankWriter::finish`], and [`CheckpointError::Memory`] where the system refuses the memory.
+    pub fn snapshot(
+        self,
+        mut memory: SnapshotMemory,
+        copy: impl FnOnce(Vec<CopyPair<'_>>),
+    ) -> Result<Snapshot> {
+        let (disk, folder, rank) = (self.disk.clone(), self.folder.clone(), self.rank);
+        let mut files = Vec::new();
+        let mut kept = Vec::new();
+        for (file, sources) in self.plan()? {
+            // Up to the last of those that lie elsewhere, everything is written now: a file is written in order.
+            let now = sources.iter().rposition(Bytes::is_elsewhere).map_or(0, |last| last + 1);
+            let mut sources = sources.into_iter();
+            let started = if now > 0 {
+                let mut writing = file.create(&*disk, &folder)?;
+                for source in sources.by_ref().take(now) {
+                    writing.write(source)?;
+                }
+                Ok(writing)
+            } else {
+                Err(file)
+            };
+            let first = kept.len();
+            kept.extend(sources.filter_map(Bytes::into_memory));
+            files.push((started, first..kept.len()));
+        }
+        let places = memory.fill(&kept, copy)?;
+        let files = files.into_iter().map(|(started, items)| (started, places[items].to_vec())).collect();
+        Ok(Snapshot::new(disk, folder, rank, files, memory))
+    }
+
+    /// The files in the order in which they are written, each with its content.
+    fn plan(self) -> Result<Vec<(PlannedFile, Vec<Bytes<'a>>)>> {
         let lists = [
             (FileKind::Weights, self.weights),
             (FileKind::Optimizer, self.optimizer),
             (FileKind::Extra, self.extra),
         ];
-        for (file_kind, items) in lists {
-            if items.is_empty() {
-                continue;
-            }
-            let name = file_kind.file_name(self.rank.index(), self.world);
-            written.push(write_file(&*self.disk, &self.folder, name, self.rank.index(), items)?);
-        }
-        // Synced only now, so that the disk is busy with one file while the next is being written.
-        let sync = |(record, mut file): (FileRecord, Box<dyn DiskFile>)| {
-            file.sync().map_err(CheckpointError::io("sync", &self.folder.join(&record.name)))?;
-            Ok(record)
-        };
-        let files = written.into_iter().map(sync).collect::<Result<_>>()?;
-        Ok(RankRecord { rank: self.rank.index(), files })
+        lists
+            .into_iter()
+            .filter(|(_, items)| !items.is_empty())
+            .map(|(kind, items)| {
+                let name = kind.file_name(self.rank.index(), self.world);
+                PlannedFile::new(name, self.rank.index(), items)
+            })
+            .collect()
     }
 }
 
-fn write_file(
-    disk: &dyn Disk,
+/// Syncs files that have been written. Only when all have been, so that the disk is busy with one while the next is being
+/// written.
+pub(crate) fn sync_all(
     folder: &Path,
-    name: String,
-    rank: usize,
-    mut items: Vec<Item<'_>>,
-) -> Result<(FileRecord, Box<dyn DiskFile>)> {
-    let path = folder.join(&name);
-    // The widest elements first: then each tensor starts at a multiple of its element size, without gaps.
-    items.sort_by_key(|item| std::cmp::Reverse(item.entry.dtype.size()));
-    let mut entries = Vec::with_capacity(items.len());
-    let mut contents = Vec::with_capacity(items.len());
-    let mut sources = Vec::with_capacity(items.len());
-    for Item { entry, content, bytes } in items {
-        sources.push((entry.bytes, bytes));
-        entries.push(entry);
-        contents.push(content);
-    }
-    let header = header::build(&entries)
-        .map_err(|problem| CheckpointError::Source { what: format!("file {name}"), problem })?;
-    let total = header.len() as u64 + entries.iter().map(|entry| entry.bytes as u64).sum::<u64>();
-
-    let file = disk.create_file(&path, total).map_err(CheckpointError::io("create", &path))?;
-    let mut stream = Stream::new(file);
-    let written = (|| {
-        stream.write(&header)?;
-        for (expected, bytes) in sources {
-            match bytes {
-                Bytes::Memory(bytes) => stream.write(&bytes)?,
-                Bytes::Read(read) => {
-                    let bytes = read()?;
-                    if bytes.len() != expected {
-                        let problem =
-                            format!("{} bytes of state were read, expected {expected}", bytes.len());
-                        return Err(io::Error::other(problem));
-                    }
-                    stream.write(&bytes)?;
-                }
-            }
-        }
-        stream.flush()
-    })();
-    written.map_err(CheckpointError::io("write", &path))?;
-    let checksums = stream.hasher.finish();
-
-    let mut record = FileRecord {
-        name,
-        rank,
-        bytes: total,
-        checksums,
-        slices: Vec::new(),
-        tensors: Vec::new(),
-        blobs: Vec::new(),
+    files: Vec<(FileRecord, Box<dyn DiskFile>)>,
+) -> Result<Vec<FileRecord>> {
+    let sync = |(record, mut file): (FileRecord, Box<dyn DiskFile>)| {
+        file.sync().map_err(CheckpointError::io("sync", &folder.join(&record.name)))?;
+        Ok(record)
     };
-    let mut offset = header.len() as u64;
-    for (entry, content) in entries.into_iter().zip(contents) {
-        let Entry { key, dtype, shape, bytes } = entry;
-        match content {
-            Content::Slice { param, kind, start, len } => {
-                record.slices.push(SliceRecord { param, kind, start, len, dtype, offset, key });
-            }
-            Content::Tensor => record.tensors.push(TensorRecord { name: key, shape, dtype, offset }),
-            Content::Blob => record.blobs.push(BlobRecord { name: key, bytes: bytes as u64, offset }),
-        }
-        offset += bytes as u64;
-    }
-    Ok((record, stream.file))
-}
-
-/// A file with checksums: small pieces are gathered, large ones pass through without a copy.
-struct Stream {
-    file: Box<dyn DiskFile>,
-    hasher: ChunkHasher,
-    gathered: Vec<u8>,
-}
-
-impl Stream {
-    fn new(file: Box<dyn DiskFile>) -> Self {
-        Self { file, hasher: ChunkHasher::new(), gathered: Vec::with_capacity(BLOCK) }
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if bytes.len() < SMALL {
-            if self.gathered.len() + bytes.len() > BLOCK {
-                self.flush()?;
-            }
-            self.gathered.extend_from_slice(bytes);
-            return Ok(());
-        }
-        self.flush()?;
-        bytes.chunks(BLOCK).try_for_each(|block| {
-            self.hasher.update(block);
-            self.file.write(block)
-        })
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.gathered.is_empty() {
-            return Ok(());
-        }
-        self.hasher.update(&self.gathered);
-        let result = self.file.write(&self.gathered);
-        self.gathered.clear();
-        result
-    }
+    files.into_iter().map(sync).collect()
 }

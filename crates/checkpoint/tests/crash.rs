@@ -25,7 +25,7 @@ use std::{
 
 use common::{Model, open_latest, read_everything, real_disk};
 use deepspeed_checkpoint::{
-    CheckpointError,
+    BackgroundSave, Checkpoint, CheckpointError, Commit, Draft, Failure, Outcome, Presence, Role, choose,
     disk::{Disk, DiskFile, RealDisk},
 };
 
@@ -139,11 +139,39 @@ fn hidden(dir: &Path) -> Vec<String> {
     names.filter(|name| name.starts_with('.')).collect()
 }
 
+/// How a save is done.
+type Save = fn(&Model, &Arc<dyn Disk>, &Path, &str) -> Result<(), CheckpointError>;
+
+/// Waiting for it.
+fn waiting(model: &Model, disk: &Arc<dyn Disk>, dir: &Path, tag: &str) -> Result<(), CheckpointError> {
+    model.save_on(disk, dir, tag, 2).map(drop)
+}
+
+/// By threads of two ranks, behind whatever their process does.
+fn behind(model: &Model, disk: &Arc<dyn Disk>, dir: &Path, tag: &str) -> Result<(), CheckpointError> {
+    let draft = Draft::begin_on(Arc::clone(disk), dir, tag, u64::from(model.seed))?;
+    let folder = draft.folder().to_owned();
+    let commit = Commit { draft, parts: model.parts(2), save_latest: true, keep_last: Some(2) };
+    let roles = [Role::First(Box::new(commit)), Role::Other { dir: dir.to_owned(), tag: tag.to_owned() }];
+    let presences: Vec<Presence> =
+        (0..2).map(|rank| Presence::announce(&folder, rank)).collect::<Result<_, _>>()?;
+    let mut saves = Vec::new();
+    for ((rank, role), presence) in roles.into_iter().enumerate().zip(presences) {
+        saves.push(BackgroundSave::start(presence, model.snapshot(disk, &folder, rank, 2), role)?);
+    }
+    let outcomes: Vec<Outcome> = saves.into_iter().map(|save| save.finish().1).collect();
+    // The other way round only when the new one is in place, and rank 0 could not do what comes after that.
+    assert!(outcomes[1].is_ok() || outcomes[0].is_err(), "{outcomes:?}");
+    let failed = |failure: &Failure| CheckpointError::Coverage { problem: failure.to_string() };
+    outcomes[0].as_ref().map(drop).map_err(failed)
+}
+
 /// Saves a second checkpoint with a fault at each operation in turn, and calls `check` with the directory and the
 /// result of that save.
 fn with_fault_at_every_operation(
     fault: Fault,
     can_exchange: bool,
+    save: Save,
     check: impl Fn(usize, &Path, Result<(), CheckpointError>),
 ) {
     for tag in ["first", "second"] {
@@ -154,8 +182,8 @@ fn with_fault_at_every_operation(
             let disk = FaultyDisk::new(at, fault, can_exchange);
             let counter = Arc::clone(&disk.counter);
             let disk: Arc<dyn Disk> = Arc::new(disk);
-            let result = Model::small(2).save_on(&disk, dir.path(), tag, 2);
-            check(at, dir.path(), result.map(drop));
+            let result = save(&Model::small(2), &disk, dir.path(), tag);
+            check(at, dir.path(), result);
             if counter.done.load(Ordering::SeqCst) <= at {
                 break;
             }
@@ -165,13 +193,18 @@ fn with_fault_at_every_operation(
 
 #[test]
 fn a_crash_at_any_operation_leaves_a_whole_checkpoint() {
-    for can_exchange in [true, false] {
-        with_fault_at_every_operation(Fault::Crash, can_exchange, |at, dir, result| {
+    for (can_exchange, save) in [(true, waiting as Save), (false, waiting), (true, behind)] {
+        with_fault_at_every_operation(Fault::Crash, can_exchange, save, |at, dir, result| {
             let checkpoint = open_latest(dir);
             read_everything(&checkpoint).unwrap_or_else(|error| panic!("operation {at}: {error}"));
             let seed = u32::try_from(checkpoint.state()["global_steps"].as_u64().unwrap()).unwrap();
             Model::small(seed).assert_in(&checkpoint, 1);
             assert!(result.is_err() || seed == 2, "a save that succeeded is the newest");
+            // A run goes on from it, too, however it finds it.
+            let chosen = choose(dir, &[]).unwrap().unwrap();
+            let chosen = Checkpoint::open(dir, Some(&chosen.tag)).unwrap().unwrap();
+            read_everything(&chosen).unwrap();
+            assert!(chosen.manifest().saved_at_ms >= checkpoint.manifest().saved_at_ms, "operation {at}");
             // The next job saves as if nothing had happened, and cleans up.
             Model::small(3).save(dir, "first", 1);
             Model::small(3).assert_in(&open_latest(dir), 2);
@@ -184,7 +217,7 @@ fn a_crash_at_any_operation_leaves_a_whole_checkpoint() {
 fn an_error_at_any_operation_is_reported_and_harmless() {
     const ENOSPC: i32 = 28;
     for can_exchange in [true, false] {
-        with_fault_at_every_operation(Fault::Errno(ENOSPC), can_exchange, |at, dir, result| {
+        with_fault_at_every_operation(Fault::Errno(ENOSPC), can_exchange, waiting, |at, dir, result| {
             let checkpoint = open_latest(dir);
             read_everything(&checkpoint).unwrap();
             let seed = u32::try_from(checkpoint.state()["global_steps"].as_u64().unwrap()).unwrap();
@@ -201,6 +234,21 @@ fn an_error_at_any_operation_is_reported_and_harmless() {
             }
         });
     }
+}
+
+#[test]
+fn an_error_at_any_operation_behind_training_is_reported_and_harmless() {
+    const ENOSPC: i32 = 28;
+    with_fault_at_every_operation(Fault::Errno(ENOSPC), true, behind, |at, dir, result| {
+        let checkpoint = open_latest(dir);
+        read_everything(&checkpoint).unwrap();
+        let seed = checkpoint.state()["global_steps"].as_u64().unwrap();
+        if result.is_ok() {
+            assert_eq!(seed, 2, "operation {at}");
+        }
+        Model::small(3).save(dir, "first", 1);
+        assert!(hidden(dir).is_empty(), "operation {at}: {:?}", hidden(dir));
+    });
 }
 
 /// Writes down what is done, in order.
@@ -305,20 +353,22 @@ const CHILD_DIR: &str = "DEEPSPEED_CHECKPOINT_TEST_DIR";
 fn child_saves_until_killed() {
     let Some(dir) = std::env::var_os(CHILD_DIR) else { return };
     let dir = Path::new(&dir);
-    let resumed = deepspeed_checkpoint::Checkpoint::open(dir, None).unwrap();
+    let chosen = choose(dir, &[]).unwrap();
+    let resumed = chosen.map(|chosen| Checkpoint::open(dir, Some(&chosen.tag)).unwrap().unwrap());
     let start = resumed.map_or(0, |checkpoint| checkpoint.state()["global_steps"].as_u64().unwrap());
     for seed in u32::try_from(start).unwrap() + 1.. {
-        Model::small(seed).save(dir, &format!("step{}", seed % 3), 2);
+        let save = if seed % 2 == 0 { waiting } else { behind };
+        save(&Model::small(seed), &real_disk(), dir, &format!("step{}", seed % 5)).unwrap();
         println!("\nsaved {seed}");
     }
 }
 
 #[test]
 fn a_kill_at_any_instant_leaves_the_newest_complete_checkpoint() {
-    const KILLS: u64 = 40;
-    let dir = tempfile::tempdir().unwrap();
+    const KILLS: u64 = 200;
+    let dir = scratch();
     let random = RandomState::new();
-    let deadline = Instant::now() + Duration::from_secs(120);
+    let deadline = Instant::now() + Duration::from_secs(240);
     let mut newest = 0;
     let mut alive = 0;
     for kill in 0..KILLS {
@@ -339,12 +389,13 @@ fn a_kill_at_any_instant_leaves_the_newest_complete_checkpoint() {
         });
         // The first save shows that the child has started; then any instant of the next ones.
         let first = saved.recv_timeout(deadline - Instant::now()).expect("the child saves in time");
-        std::thread::sleep(Duration::from_micros(random.hash_one(kill) % 40_000));
+        std::thread::sleep(Duration::from_micros(random.hash_one(kill) % 30_000));
         child.kill().unwrap();
         child.wait().unwrap();
         reader.join().unwrap();
         let reported = saved.try_iter().last().unwrap_or(first);
-        let checkpoint = open_latest(dir.path());
+        let chosen = choose(dir.path(), &[]).unwrap().unwrap();
+        let checkpoint = Checkpoint::open(dir.path(), Some(&chosen.tag)).unwrap().unwrap();
         read_everything(&checkpoint).unwrap();
         let seed = checkpoint.state()["global_steps"].as_u64().unwrap();
         assert!(seed >= reported && seed > newest, "{seed} of {reported} reported, {newest} before");

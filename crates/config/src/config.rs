@@ -207,6 +207,12 @@ pub struct CheckpointConfig {
     pub tag_validation: TagValidation,
     /// As given; no effect, kept for the getters of the Python face.
     pub load_universal: bool,
+    /// `async`: copy everything, and write the copy behind training.
+    pub behind: bool,
+    /// How many complete checkpoints stay in the folder; `None` for all.
+    pub keep_last: Option<usize>,
+    /// `use_node_local_storage`: each host keeps the files of its own ranks.
+    pub node_local: bool,
 }
 
 /// The block `data_types`.

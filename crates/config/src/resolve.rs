@@ -161,6 +161,9 @@ fn build(checked: &Checked<'_>) -> Config {
                 _ => TagValidation::Warn,
             },
             load_universal: checked.flag("checkpoint.load_universal"),
+            behind: checked.flag("checkpoint.async"),
+            node_local: checked.flag("checkpoint.use_node_local_storage"),
+            keep_last: checked.integer("checkpoint.keep_last").and_then(|count| usize::try_from(count).ok()),
         },
         aio: AioConfig {
             block_size: size("aio.block_size"),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use deepspeed_core::{AlignedBuffer, DType, Span, SpanMut, Unit};
 use deepspeed_zero::UnitShard;
 
-use crate::{Device, Engine, EngineError, Part};
+use crate::{Device, DevicePlan, Engine, EngineError, Part};
 
 /// Whether what was done in the host's memory goes back to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,23 @@ pub enum Afterwards {
 }
 
 impl Engine {
+    /// Takes the device's memory, before anything else is asked of it.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    pub fn lay_out_device(&self) -> Result<(), EngineError> {
+        let (Some(device), Some(weights)) = (&self.device, &self.weights) else { return Ok(()) };
+        Ok(device.lay_out(&DevicePlan {
+            trained: &self.layout,
+            frozen: &weights.frozen_layout,
+            rank: self.group.rank(),
+            states: self.states,
+            resident: self.state_on_device,
+            whole_weights: self.weights_are_whole(),
+            weights_on_host: self.settings.weights_on_host,
+        })?)
+    }
+
     /// Lets `work` see the state of the units of these numbers (of all, with `None`) in the host's memory, where it is
     /// without a device. Collective with [`Afterwards::WriteBack`].
     ///
@@ -76,7 +93,9 @@ impl Engine {
             }
         }
         self.each_weight(chosen, |number, unit, buffer| {
-            *buffer = AlignedBuffer::zeroed(unit.shard_len, unit.dtype);
+            if buffer.is_empty() {
+                *buffer = AlignedBuffer::zeroed(unit.shard_len, unit.dtype);
+            }
             device.read(number, Part::Weight, buffer.span_mut())
         })
     }
@@ -146,7 +165,9 @@ impl Engine {
         for (number, unit) in self.layout.units.iter().enumerate() {
             let shard = &mut self.shards[number];
             if !shard.square_sum.is_finite() {
-                shard.gradient = AlignedBuffer::zeroed(unit.shard_len, DType::F32);
+                if shard.gradient.is_empty() {
+                    shard.gradient = AlignedBuffer::zeroed(unit.shard_len, DType::F32);
+                }
                 device.read(number, Part::Gradient, shard.gradient.span_mut())?;
             }
         }

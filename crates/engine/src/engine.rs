@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
+use deepspeed_checkpoint::Chosen;
 use deepspeed_comm::{CommError, Group};
 use deepspeed_core::{Layout, ParamSpec, SpanMut, UnitId};
 use deepspeed_kernels::parallel::Workers;
@@ -13,7 +14,8 @@ use deepspeed_zero::{
 };
 
 use crate::{
-    Accumulation, Decision, Device, DevicePlan, EngineError, Settings,
+    Accumulation, Decision, Device, EngineError, Settings,
+    checkpoint::{Memory, Saving},
     client::{check_client, check_offload},
     decide,
     delivery::Delivery,
@@ -66,6 +68,8 @@ pub struct StepReport {
     pub unused: Vec<String>,
     /// The line to show, when one is due.
     pub line: Option<String>,
+    /// What became of a checkpoint that is being written behind training, when there is news.
+    pub checkpoint: Option<String>,
 }
 
 /// The training engine of one rank.
@@ -102,7 +106,14 @@ pub struct Engine {
     pub(crate) norm: Option<f64>,
     pub(crate) applied: bool,
     loss: Option<f64>,
-    workers: Workers,
+    pub(crate) workers: Workers,
+    /// A save that goes on behind training.
+    pub(crate) saving: Option<Saving>,
+    /// What snapshots are copied into.
+    pub(crate) snapshots: Memory,
+    news: Option<String>,
+    /// What was loaded without being asked for by name.
+    pub(crate) chosen: Option<Chosen>,
     watch: Stopwatch,
     window: Window,
 }
@@ -143,7 +154,7 @@ impl Engine {
     }
 
     /// An engine whose gradients, weights and, unless the settings keep them on the host, masters and optimizer state lie
-    /// on `device`, if there is one; else as [`Engine::new`].
+    /// on `device`, if there is one; else as [`Engine::new`]. [`Engine::lay_out_device`] takes the device's memory.
     ///
     /// # Errors
     /// As [`Engine::new`]; [`EngineError::Device`].
@@ -212,17 +223,6 @@ impl Engine {
                 Some(ShardedWeights::new(&*group, &layout, frozen_layout, folder, kept)?)
             }
         };
-        if let (Some(device), Some(weights)) = (&device, &weights) {
-            device.lay_out(&DevicePlan {
-                trained: &layout,
-                frozen: &weights.frozen_layout,
-                rank: group.rank(),
-                states,
-                resident: state_on_device,
-                whole_weights: policy.weights == Residency::Whole,
-                weights_on_host: settings.weights_on_host,
-            })?;
-        }
         Ok(Self {
             policy,
             optimizer,
@@ -254,6 +254,10 @@ impl Engine {
             loss: None,
             workers: Workers::new(settings.threads)
                 .map_err(|error| EngineError::Threads(error.to_string()))?,
+            saving: None,
+            snapshots: Memory::default(),
+            news: None,
+            chosen: None,
             watch: Stopwatch::default(),
             window: Window { since: Instant::now(), samples: 0, steps: 0 },
             layout: Arc::new(layout),
@@ -362,12 +366,23 @@ impl Engine {
             }
         }
         let mine: f64 = self.shards.iter().map(|shard| shard.square_sum).sum();
+        let mut message = mine.to_le_bytes().to_vec();
+        // The ranks learn here, and all at once, that a save behind training is over.
+        message.extend(self.saving.as_ref().map(Saving::status));
+        let all = self.group.all_gather_bytes("gradient norm", &message)?;
         let mut total = 0.0;
-        for bytes in self.group.all_gather_bytes("gradient norm", &mine.to_le_bytes())? {
+        let mut over = true;
+        for bytes in &all {
             let mut word = [0; 8];
             let len = bytes.len().min(8);
             word[..len].copy_from_slice(&bytes[..len]);
             total += f64::from_le_bytes(word);
+            over &= bytes.get(8).copied() != Some(Saving::GOES_ON);
+        }
+        if over {
+            self.news = self.finish_save()?;
+        } else if let Some(saving) = &mut self.saving {
+            self.news = saving.progress_line();
         }
         Ok(total)
     }
@@ -509,6 +524,7 @@ impl Engine {
             },
             unused: std::mem::take(&mut self.unused),
             line: self.line_due(self.counters.global_steps).then(|| self.step_line(learning_rate)),
+            checkpoint: self.news.take(),
         }
     }
 

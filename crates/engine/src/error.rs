@@ -102,6 +102,14 @@ pub enum EngineError {
         /// Its error.
         problem: String,
     },
+    /// A checkpoint holds other bytes than were written, found by one rank before anything was loaded.
+    #[error("rank {rank}: {problem}")]
+    DamagedCheckpoint {
+        /// The rank that found it.
+        rank: deepspeed_core::Rank,
+        /// What is wrong.
+        problem: String,
+    },
     /// A setting or a call that does not fit the others.
     #[error("{0}")]
     Usage(String),
@@ -111,6 +119,16 @@ pub enum EngineError {
     /// An optimizer, schedule or loss scale refused.
     #[error(transparent)]
     Optim(#[from] deepspeed_optim::OptimError),
+}
+
+impl EngineError {
+    /// The same of a checkpoint whose contents were only checked.
+    pub(crate) fn damaged(self) -> Self {
+        match self {
+            Self::Checkpoint { rank, problem } => Self::DamagedCheckpoint { rank, problem },
+            other => other,
+        }
+    }
 }
 
 fn summary(names: &[String]) -> String {

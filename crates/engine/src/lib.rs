@@ -44,4 +44,4 @@ pub use facts::SharedAddresses;
 pub use gathering::{GatheredUnit, OwnPart};
 pub use gradients::Gradients;
 pub use param_state::StateKind;
-pub use settings::{OffloadSettings, Settings, loss_scaler};
+pub use settings::{OffloadSettings, SaveSettings, Settings, loss_scaler, unbuilt_on_a_device};

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use deepspeed_config::{Config, ConfigError, OffloadDevice, Precision, ZeroStage};
+use deepspeed_config::{Code, Config, ConfigError, OffloadDevice, Precision, ZeroStage};
 use deepspeed_core::DType;
 use deepspeed_offload::{Depth, Options};
 use deepspeed_optim::{DynamicLossScale, LossScaler, OptimError};
@@ -59,6 +59,26 @@ pub struct Settings {
     pub weights_on_host: bool,
     /// At stage 3 where ranks share no memory: how much is whole at a time.
     pub gathering: GatherLimits,
+    /// How checkpoints are saved.
+    pub saving: SaveSettings,
+}
+
+/// How checkpoints are saved.
+#[derive(Clone, Debug, Default)]
+pub struct SaveSettings {
+    /// Copy everything, and write the copy behind training.
+    pub behind: bool,
+    /// How many complete checkpoints stay in the folder; `None` for all.
+    pub keep_last: Option<usize>,
+    /// Whether each host keeps the files of its own ranks, on storage that the others do not see.
+    pub node_local: bool,
+    /// What tells this host from others; `None` for its name.
+    pub host: Option<String>,
+}
+
+impl SaveSettings {
+    /// Names this host where several of them have one name, and in tests.
+    pub const HOST_VARIABLE: &str = "DEEPSPEED_HOST_IDENTITY";
 }
 
 impl Settings {
@@ -96,6 +116,7 @@ impl Default for Settings {
             state_on_host: false,
             weights_on_host: false,
             gathering: GatherLimits::default(),
+            saving: SaveSettings::default(),
         }
     }
 }
@@ -113,6 +134,15 @@ impl Settings {
         threads: usize,
     ) -> Result<Self, ConfigError> {
         let batch = config.resolve_batch(world, world_origin)?;
+        if config.checkpoint.node_local && config.checkpoint.behind {
+            return Err(config.error_at(
+                Code::Contradiction,
+                "checkpoint.async",
+                "a checkpoint that is spread over the storage of several hosts cannot be written behind training: the \
+                 threads of the ranks meet in one folder",
+                ["set checkpoint.async to false, or use_node_local_storage where all hosts share the folder".to_owned()],
+            ));
+        }
         Ok(Self {
             stage: match config.zero.stage {
                 ZeroStage::Zero => Stage::Zero,
@@ -158,8 +188,32 @@ impl Settings {
                 model_persistence_threshold: config.zero.gathering.model_persistence_threshold,
                 module_granularity_threshold: config.zero.gathering.module_granularity_threshold,
             },
+            saving: SaveSettings {
+                behind: config.checkpoint.behind,
+                keep_last: config.checkpoint.keep_last,
+                node_local: config.checkpoint.node_local,
+                host: std::env::var(SaveSettings::HOST_VARIABLE).ok(),
+            },
         })
     }
+}
+
+/// What `config` asks for that the engine cannot do on an accelerator: the setting, and what it would need.
+pub fn unbuilt_on_a_device(config: &Config) -> Vec<(&'static str, &'static str)> {
+    let zero = &config.zero;
+    let mut found = Vec::new();
+    if zero.stage == ZeroStage::Three && zero.offload_param.device == OffloadDevice::Nvme {
+        let setting = "zero_optimization.offload_param.device \"nvme\" with a model on an accelerator";
+        found.push((
+            setting,
+            "gathering weights from a disk (device \"cpu\" keeps them in the host's memory)",
+        ));
+    }
+    if zero.offload_optimizer.device == OffloadDevice::Cpu && zero.offload_optimizer.ratio < 1.0 {
+        let setting = "zero_optimization.offload_optimizer.ratio below 1 with a model on an accelerator";
+        found.push((setting, "optimizer state that lies partly on the device"));
+    }
+    found
 }
 
 /// Masters and optimizer state in a file.

@@ -35,7 +35,7 @@ fn save(replica: &mut Replica, dir: &std::path::Path, tag: &str, rule: TagRule) 
 }
 
 fn load(replica: &mut Replica, dir: &std::path::Path, tag: Option<&str>) -> Result<(), String> {
-    let options = LoadOptions { module_only: false, optimizer_states: true, strict: true };
+    let options = LoadOptions { weights: true, module_only: false, optimizer_states: true, strict: true };
     let mut weights: Vec<SpanMut<'_>> = replica.weights.iter_mut().map(|it| it.span_mut()).collect();
     let loaded = replica
         .engine

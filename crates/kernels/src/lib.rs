@@ -15,6 +15,7 @@
 //! Nothing here starts threads but [`parallel`], and nothing decides a policy.
 
 mod cast;
+mod copy;
 mod element;
 mod isa;
 pub mod parallel;
@@ -22,6 +23,7 @@ mod reduce;
 pub mod update;
 
 pub use cast::{cast, cast_on};
+pub use copy::copy_past_cache;
 pub use isa::{Isa, UnknownIsa};
 pub use reduce::{
     add_assign, add_assign_on, reduce_ranks, reduce_ranks_on, scale_in_place, scale_in_place_on, sum_squares,

@@ -155,6 +155,17 @@ impl Workers {
         self.pool.as_ref().map_or(1, rayon::ThreadPool::current_num_threads)
     }
 
+    /// Calls `work` with each of `parts`, in any order.
+    ///
+    /// # Panics
+    /// If `work` panics.
+    pub fn each<T: Send>(&self, parts: Vec<T>, work: impl Fn(T) + Sync) {
+        match &self.pool {
+            None => parts.into_iter().for_each(work),
+            Some(pool) => pool.install(|| parts.into_par_iter().for_each(&work)),
+        }
+    }
+
     /// Cuts `data` into chunks of [`CHUNK`] elements (the last may be shorter), calls `work` on each, and returns
     /// the results in the order of the chunks. Data without elements is no chunk.
     ///

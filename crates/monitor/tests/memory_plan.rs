@@ -10,6 +10,7 @@ const MIB: u64 = 1 << 20;
 /// `count` elements of `dtype`, trained, of which a tenth is the largest unit, on `world` ranks of one host.
 fn facts(dtype: DType, count: u64, stage: u8, world: u64) -> Facts {
     Facts {
+        checkpoint_copy: false,
         params: ParamCounts {
             trainable: Elements::of(dtype, count),
             frozen: Elements::default(),
@@ -182,6 +183,7 @@ prop_compose! {
         param in any_device(),
     ) -> Facts {
         Facts {
+            checkpoint_copy: false,
             params: ParamCounts { trainable, frozen, largest_unit },
             stage,
             world: hosts * ranks_per_host,

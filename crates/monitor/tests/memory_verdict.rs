@@ -13,6 +13,7 @@ const GIB: u64 = 1 << 30;
 /// A billion bf16 parameters on `world` ranks of one host, with Adam.
 fn billion(stage: u8, world: u64) -> Facts {
     Facts {
+        checkpoint_copy: false,
         params: ParamCounts {
             trainable: Elements::of(DType::BF16, 1_000_000_000),
             frozen: Elements::default(),
@@ -192,4 +193,22 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn saves_that_training_waits_for_are_the_first_to_go() {
+    let facts = Facts { checkpoint_copy: true, ..billion(1, 4) };
+    let bare = Plan::new(&billion(1, 4)).total(Tier::Host).per_host;
+    let with_copy = Plan::new(&facts).total(Tier::Host).per_host;
+    // Weights, masters and two moments, once on the host.
+    assert_eq!(with_copy - bare, 14_000_000_000);
+    assert_eq!(judge(&facts, &host(with_copy)), Verdict::Fits);
+    let found = change(&facts, &host(with_copy - 1));
+    assert_eq!((found.checkpoint_async, found.stage), (Some(false), None));
+    assert_eq!(found.lines(None), ["\"checkpoint\": {\"async\": false}"]);
+    // State on a disk is written from there.
+    let nvme = OffloadOptimizerConfig { device: OffloadDevice::Nvme, ..OffloadOptimizerConfig::default() };
+    let offloaded = Facts { offload_optimizer: nvme, ..facts.clone() };
+    let bare = Plan::new(&Facts { checkpoint_copy: false, ..offloaded.clone() }).total(Tier::Host).per_host;
+    assert_eq!(Plan::new(&offloaded).total(Tier::Host).per_host - bare, 2_000_000_000);
 }

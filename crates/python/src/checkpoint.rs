@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use deepspeed_checkpoint::{Checkpoint, ElementType, TensorSource};
+use deepspeed_checkpoint::{ElementType, Retired, Source, TensorSource, kind};
 use deepspeed_core::{ParamId, Rank, Span, SpanMut};
-use deepspeed_engine::{Afterwards, Frozen, LoadOptions, ParamSlice, SaveRequest, TagRule, read_cast};
+use deepspeed_engine::{Afterwards, Frozen, LoadOptions, ParamSlice, SaveRequest, Saved, TagRule, read_cast};
 use pyo3::{
     exceptions::{PyTypeError, PyValueError},
     intern,
@@ -61,7 +61,25 @@ impl RawTensor {
     }
 }
 
-/// Saves the engine's state with what Python adds. Returns (tag, whether ranks had different tags, folder).
+/// What a save did.
+#[pyclass(frozen, name = "SavedCheckpoint", module = "deepspeed._native", get_all)]
+struct PySavedCheckpoint {
+    tags_differ: bool,
+    folder: PathBuf,
+    behind: bool,
+    removed: Vec<String>,
+    problems: Vec<String>,
+}
+
+/// Waits for every checkpoint of this process that is still being written. Returns the folders of those that failed
+/// without anybody having been told, with the reason.
+#[pyfunction]
+fn wait_for_saves(py: Python<'_>) -> Vec<(PathBuf, String)> {
+    let failed = py.detach(deepspeed_checkpoint::wait_for_all);
+    failed.into_iter().map(|(folder, failure)| (folder, failure.to_string())).collect()
+}
+
+/// Saves the engine's state with what Python adds.
 #[pyfunction]
 #[pyo3(signature = (engine, *, save_dir, tag, fail_on_different_tags, save_latest, param_groups, slices,
                     frozen, exclude_frozen, tied, buffers, blobs, face))]
@@ -81,7 +99,7 @@ fn save_checkpoint(
     buffers: &Bound<'_, PyDict>,
     blobs: Vec<(String, Vec<u8>)>,
     face: &str,
-) -> PyResult<(String, bool, PathBuf)> {
+) -> PyResult<PySavedCheckpoint> {
     let hypers = hypers(engine.kind(), &param_groups)?;
     let weights = engine.weights(py)?;
     let slices = slice_arguments(&slices, engine.engine.layout().params.len())?;
@@ -133,14 +151,22 @@ fn save_checkpoint(
             face,
         };
         let saved = engine.on_host(None, Afterwards::Forget, |engine| engine.save_checkpoint(&request))?;
-        Ok::<_, deepspeed_engine::EngineError>((saved.tag, saved.tags_differ, saved.folder))
+        let Saved { tags_differ, folder, behind, retired, .. } = saved;
+        let Retired { removed, problems } = retired;
+        Ok::<_, deepspeed_engine::EngineError>(PySavedCheckpoint {
+            tags_differ,
+            folder,
+            behind,
+            removed,
+            problems,
+        })
     })
 }
 
-/// A checkpoint whose weights and optimizer state are loaded, for what Python reads itself.
+/// A checkpoint of any format, open for reading.
 #[pyclass(frozen, name = "LoadedCheckpoint", module = "deepspeed._native")]
 struct PyLoadedCheckpoint {
-    checkpoint: Checkpoint,
+    checkpoint: Box<dyn Source>,
     rank: Rank,
 }
 
@@ -158,10 +184,16 @@ impl PyLoadedCheckpoint {
         self.checkpoint.folder().to_owned()
     }
 
+    /// The format in words.
+    #[getter]
+    fn format(&self) -> String {
+        self.checkpoint.format()
+    }
+
     /// Number of ranks that saved it.
     #[getter]
     fn world_size(&self) -> usize {
-        self.checkpoint.manifest().world
+        self.checkpoint.world()
     }
 
     /// What Python saved as JSON.
@@ -175,10 +207,29 @@ impl PyLoadedCheckpoint {
             self.checkpoint.blob(rank, name).map_err(|error| CheckpointError::new_err(error.to_string()))
         };
         let bytes = match read(self.rank)? {
-            None if self.rank.index() >= self.checkpoint.manifest().world => read(Rank(0))?,
+            None if self.rank.index() >= self.checkpoint.world() => read(Rank(0))?,
             found => found,
         };
         Ok(bytes.map(|bytes| PyBytes::new(py, &bytes)))
+    }
+
+    /// The pickle in which this rank's client state lies among other things, and its keys there; None in a format that
+    /// keeps it apart.
+    fn trusted_file(&self) -> Option<(PathBuf, Vec<String>)> {
+        let rank = if self.rank.index() < self.checkpoint.world() { self.rank } else { Rank(0) };
+        self.checkpoint.trusted_file(rank).map(|file| (file.path, file.keys))
+    }
+
+    /// Name, shape and torch's dtype of every parameter whose weights are there.
+    fn weights(&self) -> Vec<(String, Vec<usize>, &'static str)> {
+        let params = self.checkpoint.params().iter();
+        let known = params.filter(|param| self.checkpoint.dtype(&param.name, kind::WEIGHT).is_some());
+        known.filter_map(|it| Some((it.name.clone(), it.shape.clone(), it.dtype.torch_name()?))).collect()
+    }
+
+    /// Other names of parameters: (other name, name).
+    fn tied(&self) -> Vec<(String, String)> {
+        self.checkpoint.tied().to_vec()
     }
 
     /// Reads the elements of a parameter's `kind` ("exp_avg", "master", ...) from `offset` on into `tensor`, cast to its
@@ -198,44 +249,62 @@ impl PyLoadedCheckpoint {
         py.detach(|| {
             // SAFETY: the caller holds the tensor for the length of this call and leaves it alone.
             let mut span = unsafe { target.span_mut() };
-            read_cast(&self.checkpoint, name, kind, offset..offset + span.len(), &mut span)
+            read_cast(&*self.checkpoint, name, kind, offset..offset + span.len(), &mut span)
         })
         .map_err(|error| CheckpointError::new_err(error.to_string()))?;
         Ok(true)
     }
 
-    /// The bytes of a buffer, or None if it was not saved.
-    fn buffer<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        if !self.checkpoint.tensors().any(|tensor| tensor.name == name) {
-            return Ok(None);
-        }
+    /// Name, shape and torch's dtype of every buffer.
+    fn buffers(&self) -> Vec<(String, Vec<usize>, &'static str)> {
+        let tensors = self.checkpoint.tensors().into_iter();
+        tensors.filter_map(|it| Some((it.name, it.shape, it.dtype.torch_name()?))).collect()
+    }
+
+    /// The bytes of a buffer.
+    fn buffer<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyBytes>> {
         let bytes =
             self.checkpoint.tensor(name).map_err(|error| CheckpointError::new_err(error.to_string()))?;
-        Ok(Some(PyBytes::new(py, &bytes)))
+        Ok(PyBytes::new(py, &bytes))
     }
 }
 
-/// Loads into the engine, its parameters and the `frozen` ones. None if there is no `latest` to load.
+/// Opens a checkpoint of any format; None if there is no `latest` that names one. Collective.
 #[pyfunction]
-#[pyo3(signature = (engine, *, load_dir, tag, module_only, optimizer_states, strict, param_groups, frozen))]
-fn load_checkpoint(
+#[pyo3(signature = (engine, *, load_dir, tag, universal))]
+fn open_checkpoint(
     py: Python<'_>,
     mut engine: PyRefMut<'_, PyEngine>,
     load_dir: PathBuf,
     tag: Option<String>,
+    universal: bool,
+) -> PyResult<Option<PyLoadedCheckpoint>> {
+    let engine = &mut engine.engine;
+    let rank = engine.group().rank();
+    let checkpoint = enter(py, || engine.open_checkpoint(&load_dir, tag.as_deref(), universal))?;
+    Ok(checkpoint.map(|checkpoint| PyLoadedCheckpoint { checkpoint, rank }))
+}
+
+/// Loads a checkpoint into the engine, its parameters (with `weights`) and the `frozen` ones. Collective.
+#[pyfunction]
+#[pyo3(signature = (engine, checkpoint, *, weights, module_only, optimizer_states, strict, param_groups, frozen))]
+fn load_checkpoint(
+    py: Python<'_>,
+    mut engine: PyRefMut<'_, PyEngine>,
+    checkpoint: &PyLoadedCheckpoint,
+    weights: bool,
     module_only: bool,
     optimizer_states: bool,
     strict: bool,
     param_groups: Vec<Bound<'_, PyMapping>>,
     frozen: &Bound<'_, PyDict>,
-) -> PyResult<Option<PyLoadedCheckpoint>> {
+) -> PyResult<()> {
     let hypers = hypers(engine.kind(), &param_groups)?;
+    let options = LoadOptions { weights, module_only, optimizer_states, strict };
     let weights = engine.weights(py)?;
     let frozen = frozen_arguments(frozen)?;
     let engine = &mut engine.engine;
-    let rank = engine.group().rank();
-    let options = LoadOptions { module_only, optimizer_states, strict };
-    let checkpoint = enter(py, || {
+    enter(py, || {
         // SAFETY: Python holds all these tensors for the length of this call, torch leaves them alone meanwhile, and
         // no two of them share memory: tied parameters are in the list once.
         let span = |tensor: &TensorArg| unsafe { tensor.span_mut() };
@@ -243,10 +312,9 @@ fn load_checkpoint(
         let mut frozen: Vec<(String, SpanMut<'_>)> =
             frozen.iter().map(|(name, _, tensor)| (name.clone(), span(tensor))).collect();
         engine.on_host(None, Afterwards::WriteBack, |engine| {
-            engine.load_checkpoint(&load_dir, tag.as_deref(), options, &hypers, &mut weights, &mut frozen)
+            engine.load_from(&*checkpoint.checkpoint, options, &hypers, &mut weights, &mut frozen)
         })
-    })?;
-    Ok(checkpoint.map(|checkpoint| PyLoadedCheckpoint { checkpoint, rank }))
+    })
 }
 
 /// Parameter, kind, offset and memory of each slice of a client's optimizer.
@@ -279,8 +347,11 @@ fn frozen_arguments(frozen: &Bound<'_, PyDict>) -> PyResult<Vec<(String, Vec<usi
 }
 
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<PySavedCheckpoint>()?;
     module.add_class::<PyLoadedCheckpoint>()?;
+    module.add_function(wrap_pyfunction!(wait_for_saves, module)?)?;
     module.add_function(wrap_pyfunction!(save_checkpoint, module)?)?;
+    module.add_function(wrap_pyfunction!(open_checkpoint, module)?)?;
     module.add_function(wrap_pyfunction!(load_checkpoint, module)?)?;
     Ok(())
 }

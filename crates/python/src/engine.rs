@@ -57,12 +57,13 @@ pub(crate) struct PyStepReport {
     skipped: Option<String>,
     unused: Vec<String>,
     line: Option<String>,
+    checkpoint: Option<String>,
 }
 
 impl From<StepReport> for PyStepReport {
     fn from(report: StepReport) -> Self {
-        let StepReport { boundary, applied, skipped, unused, line } = report;
-        Self { boundary, applied, skipped, unused, line }
+        let StepReport { boundary, applied, skipped, unused, line, checkpoint } = report;
+        Self { boundary, applied, skipped, unused, line, checkpoint }
     }
 }
 
@@ -132,6 +133,7 @@ impl PyEngine {
                 TorchDevice::new(device, parameters, group.clone(), direct).map(Arc::new)
             })
             .transpose()?;
+        let device_memory = device.as_ref().map_or(Ok(None), |device| device.memory(py))?;
         let seam = device.clone().map(|device| device as Arc<dyn Device>);
         let (engine, memory, memory_warning) = enter(py, move || {
             let mut engine = Engine::on(seam, settings, specs, frozen_specs, choice, &hypers, scaler, group)?;
@@ -141,8 +143,11 @@ impl PyEngine {
                 ranks_per_host,
                 weights_held: given.map(|tensor| tensor.len() * tensor.dtype().size()).sum(),
                 state_tensors: engine.state_tensors(),
+                device_memory,
             };
             let (memory, warning) = MemoryPlan::agree(config, &engine, surroundings)?;
+            engine.take_snapshot_memory();
+            engine.lay_out_device()?;
             // SAFETY: the caller holds the tensors for the length of this call, and nobody writes to them.
             let span = |tensor: &TensorArg| unsafe { tensor.span() };
             if arguments.iter().chain(&frozen_arguments).any(Option::is_none) {
@@ -178,6 +183,17 @@ impl PyEngine {
     /// On a device, below stage 3: makes the parameters views of the flat weights.
     fn adopt_parameters(&self, py: Python<'_>) -> PyResult<()> {
         self.device.as_ref().map_or(Ok(()), |device| device.adopt_parameters(py))
+    }
+
+    /// Moves state of these kinds off the device, until `reload_states`. False where there is no device.
+    fn offload_states(&self, py: Python<'_>, kinds: Vec<String>) -> PyResult<bool> {
+        let Some(device) = &self.device else { return Ok(false) };
+        device.evict(py, &kinds).map(|()| true)
+    }
+
+    /// Takes `offload_states` back.
+    fn reload_states(&self, py: Python<'_>) -> PyResult<()> {
+        self.device.as_ref().map_or(Ok(()), |device| device.reload(py))
     }
 
     /// On a device that has the state: for a client's optimizer on shards, per fragment of a parameter, (index of the
@@ -446,12 +462,15 @@ impl PyEngine {
     /// Makes the weights of the parameters `indices`, as they are now, the fp32 masters. Collective at stage 3.
     fn reload_masters(&mut self, py: Python<'_>, indices: Vec<usize>) -> PyResult<()> {
         let params: Vec<ParamId> = indices.into_iter().map(ParamId::from_index).collect();
-        let values = self.whole_weights(py)?;
+        let on_device = self.device.is_some();
+        let tensors = self.parameters.iter().map(|it| on_host(it.bind(py), on_device));
+        let tensors = tensors.collect::<PyResult<Vec<_>>>()?;
+        let values = read_all(&tensors, &self.names)?;
         let engine = &mut self.engine;
         enter(py, || {
-            // SAFETY: `self` holds the tensors and torch leaves them alone during this call.
+            // SAFETY: `tensors` holds the tensors, and torch leaves them alone during this call.
             let spans: Vec<Span<'_>> = values.iter().map(|tensor| unsafe { tensor.span() }).collect();
-            engine.reload_masters(&params, &spans)
+            engine.on_host(None, Afterwards::WriteBack, |engine| engine.reload_masters(&params, &spans))
         })
     }
 
@@ -574,6 +593,23 @@ impl PyEngine {
     #[staticmethod]
     fn give_back_freed(py: Python<'_>) {
         py.detach(memory_plan::give_back_freed);
+    }
+
+    /// Waits for a checkpoint that is being written behind training; what became of it, or None. Collective.
+    fn finish_save(&mut self, py: Python<'_>) -> PyResult<Option<String>> {
+        let engine = &mut self.engine;
+        enter(py, || engine.finish_save())
+    }
+
+    /// Why the checkpoint that was loaded last without a tag was chosen, and whether that is reason for a warning.
+    fn chosen(&self) -> Option<(String, bool)> {
+        self.engine.chosen().map(|chosen| (chosen.why.clone(), chosen.unexpected))
+    }
+
+    /// As `finish_save`, without the other ranks.
+    fn finish_save_alone(&mut self, py: Python<'_>) -> PyResult<()> {
+        let engine = &mut self.engine;
+        enter(py, || engine.finish_save_alone())
     }
 
     /// The ZeRO stage.

@@ -58,7 +58,9 @@ impl IntoPyErr for EngineError {
     fn into_py_err(self) -> PyErr {
         match self {
             Self::Comm(error) => error.into_py_err(),
-            Self::Checkpoint { .. } => CheckpointError::new_err(self.to_string()),
+            Self::Checkpoint { .. } | Self::DamagedCheckpoint { .. } => {
+                CheckpointError::new_err(self.to_string())
+            }
             Self::NonFinite { .. } => NonFiniteGradientError::new_err(self.to_string()),
             Self::Length { .. } | Self::Count { .. } | Self::Layout(_) => {
                 PyValueError::new_err(self.to_string())

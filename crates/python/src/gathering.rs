@@ -3,6 +3,8 @@
 //! A unit's weights live in one flat tensor whose storage is emptied on release, so that the views which autograd saved
 //! see the memory again after the next gathering. A released parameter is an empty tensor: misuse is an error of shapes.
 
+use std::sync::Arc;
+
 use deepspeed_comm::PiecesMut;
 use deepspeed_core::{DType, Rank, Span, SpanMut};
 use deepspeed_engine::{Afterwards, GatheredUnit};
@@ -41,6 +43,9 @@ struct UnitMemory {
 pub(crate) struct PyGathering {
     engine: Py<PyEngine>,
     state: ResidentUnits,
+    device: Option<Arc<TorchDevice>>,
+    /// On a device: units that were gathered beside the program's own work, which has not waited for them yet.
+    early: Vec<usize>,
     units: Vec<UnitMemory>,
     /// By parameter, its unit; none for one without elements.
     unit_of: Vec<Option<usize>>,
@@ -102,7 +107,8 @@ impl PyGathering {
             .map(|unit| UnitMemory::new(py, unit, &parameters, device.as_deref()))
             .collect::<PyResult<_>>()?;
         let (available, released) = statuses;
-        let mut this = Self { engine, state, units, unit_of, modules, available, released };
+        let early = Vec::new();
+        let mut this = Self { engine, state, device, early, units, unit_of, modules, available, released };
         for unit in 0..this.units.len() {
             this.release(py, unit)?;
         }
@@ -268,16 +274,26 @@ impl PyGathering {
                 Action::Gather(unit) => self.gather(py, *unit)?,
             }
         }
-        Ok(())
+        self.wait_for(py, ResidentUnits::is_needed)
     }
 
-    fn gather(&self, py: Python<'_>, index: usize) -> PyResult<()> {
+    /// Has the program's own work wait for units that were gathered beside it.
+    fn wait_for(&mut self, py: Python<'_>, wanted: impl Fn(&ResidentUnits, usize) -> bool) -> PyResult<()> {
+        let Some(device) = self.device.as_ref().filter(|_| !self.early.is_empty()) else { return Ok(()) };
+        let (now, later) = self.early.iter().partition(|unit| wanted(&self.state, **unit));
+        self.early = later;
+        let now: Vec<usize> = now;
+        now.into_iter().try_for_each(|unit| device.wait_for_gathered(py, unit))
+    }
+
+    fn gather(&mut self, py: Python<'_>, index: usize) -> PyResult<()> {
         let unit = &self.units[index];
         unit.storage.call_method1(py, intern!(py, "resize_"), (unit.bytes,))?;
-        let mut engine = self.engine.borrow_mut(py);
-        if let Some(device) = &engine.device {
+        if let Some(device) = &self.device {
             device.gather_unit(py, index, unit.flat.bind(py))?;
+            self.early.push(index);
         } else {
+            let mut engine = self.engine.borrow_mut(py);
             let target = TensorArg::read(unit.flat.bind(py), &unit.name)?;
             let engine = &mut engine.engine;
             enter(py, move || {
@@ -294,6 +310,7 @@ impl PyGathering {
     }
 
     fn release(&mut self, py: Python<'_>, index: usize) -> PyResult<()> {
+        self.wait_for(py, |_, unit| unit == index)?;
         let unit = &mut self.units[index];
         for member in &unit.members {
             let parameter = member.parameter.bind(py);

@@ -8,6 +8,7 @@
 use pyo3::prelude::*;
 
 mod checkpoint;
+mod checkpoint_tools;
 mod config;
 mod device;
 mod engine;
@@ -43,5 +44,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     param_state::register(module)?;
     gathering::register(module)?;
     checkpoint::register(module)?;
+    checkpoint_tools::register(module)?;
     Ok(())
 }

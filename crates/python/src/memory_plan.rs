@@ -4,7 +4,7 @@ use deepspeed_config::Config;
 use deepspeed_core::Rank;
 use deepspeed_engine::{Engine, EngineError};
 use deepspeed_monitor::memory::{
-    Actual, Facts, Free, ParamCounts, Report, actual, planned_against_actual, start_block,
+    Actual, Facts, Free, Limit, ParamCounts, Report, actual, planned_against_actual, start_block,
 };
 
 /// Set to `warn`, a plan that does not fit is a warning.
@@ -26,6 +26,8 @@ pub(crate) struct Surroundings {
     pub(crate) weights_held: usize,
     /// State tensors of the optimizer.
     pub(crate) state_tensors: usize,
+    /// Bytes of this rank's accelerator that are free, or taken by parameters; none on the host.
+    pub(crate) device_memory: Option<u64>,
 }
 
 impl MemoryPlan {
@@ -38,17 +40,19 @@ impl MemoryPlan {
         engine: &Engine,
         surroundings: Surroundings,
     ) -> Result<(Self, Option<String>), EngineError> {
-        let Surroundings { ranks_per_host, weights_held, state_tensors } = surroundings;
+        let Surroundings { ranks_per_host, weights_held, state_tensors, device_memory } = surroundings;
         let group = &**engine.group();
         let counts = ParamCounts::of_layouts(engine.layout(), engine.frozen_layout());
         let accumulation = engine.settings().accumulation_steps;
         let (world, local) = (group.world() as u64, ranks_per_host.clamp(1, group.world()) as u64);
         let mut facts = Facts::from_config(config, counts, world, local, accumulation);
         facts.shared_memory = group.shares_memory();
+        facts.accelerator = device_memory.is_some();
         facts.state_tensors = state_tensors as u64;
         facts.whole_state = engine.client_sees_whole();
         let nvme = config.zero.offload_optimizer.nvme_path.as_deref();
         let mut free = Free::of_this_host(nvme.or(config.zero.offload_param.nvme_path.as_deref()));
+        free.device = device_memory.map(|bytes| Limit::given(bytes, "what torch says is free there"));
         free.weights_held = weights_held as u64 * local;
         let report = Report::new(&facts, &free);
         let before = actual().ok().map(|mut now| {

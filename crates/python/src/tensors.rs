@@ -66,7 +66,7 @@ impl TensorArg {
         let device = tensor.getattr(intern!(py, "is_cpu"))?;
         if !device.extract::<bool>()? {
             return Err(PyValueError::new_err(format!(
-                "`{name}` is on {}; this build trains on the CPU. Set DS_ACCELERATOR=cpu and keep the model there",
+                "`{name}` is on {}, and a tensor in the host's memory is needed here: call .cpu() on it",
                 tensor.getattr(intern!(py, "device"))?
             )));
         }

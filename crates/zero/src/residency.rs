@@ -198,6 +198,11 @@ impl ResidentUnits {
         self.units[unit].active > 0
     }
 
+    /// Whether `unit` is needed now, or by the backward pass that is running: not if it only came early, or stays.
+    pub fn is_needed(&self, unit: usize) -> bool {
+        self.units[unit].is_needed()
+    }
+
     /// Whether a forward call is running.
     pub fn is_running(&self) -> bool {
         !self.running.is_empty()

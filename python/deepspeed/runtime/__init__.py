@@ -11,6 +11,7 @@ __getattr__, __dir__ = attach(
         "config",
         "dataloader",
         "engine",
+        "fp16",
         "lr_schedules",
         "zero",
         "zero_optimizer",

@@ -145,7 +145,7 @@ class ClientOptimizer:
                     part = value.detach().contiguous().view(-1)
                     if self._whole:
                         part = part[fragment.offset : fragment.offset + fragment.length]
-                    slices.append((fragment.index, key, fragment.offset, part))
+                    slices.append((fragment.index, key, fragment.offset, part.cpu()))
                 else:
                     scalars.setdefault(self._names[fragment.index], {})[key] = value
         return slices, scalars
@@ -157,7 +157,7 @@ class ClientOptimizer:
             tensors = [(name, 0, master) for name, (_, master) in zip(self._names, self._pairs, strict=True)]
             for name, (parameter, master) in zip(self._names, self._pairs, strict=True):
                 if master is not parameter:
-                    loaded.read(name, "master", 0, master.data)
+                    _read(loaded, name, "master", 0, master.data)
         else:
             for position, fragment in enumerate(self._fragments):
                 tensors.append((self._names[fragment.index], fragment.offset, self._tensor(position)))
@@ -167,10 +167,12 @@ class ClientOptimizer:
                      for key, value in scalars.get(name, {}).items()}  # fmt: skip
             for kind in kinds:
                 value = torch.zeros_like(tensor, requires_grad=False)
-                if tensor.numel() > 0 and loaded.read(name, kind, offset, value):
+                if tensor.numel() > 0 and _read(loaded, name, kind, offset, value):
                     state[kind] = value
             if state:
                 self.optimizer.state[tensor] = state
+        # torch's own optimizers make of loaded values what they need: tensors of step counts that were numbers.
+        self.optimizer.__setstate__({"state": self.optimizer.state})
 
     def _tensor(self, position: int) -> torch.Tensor:
         """What the optimizer works on where this rank's fragment is."""
@@ -181,6 +183,15 @@ def _is_sliceable(key: str, value: Any, tensor: torch.Tensor) -> bool:
     """Whether a checkpoint holds a value of the state as slices of the parameter."""
     floats = (torch.float32, torch.bfloat16, torch.float16)
     return is_elementwise(key, value, tensor.shape) and value.dtype in floats
+
+
+def _read(loaded: _native.LoadedCheckpoint, name: str, kind: str, offset: int, target: torch.Tensor) -> bool:
+    """Reads into a tensor, wherever it is; whether that was saved."""
+    here = target.cpu()  # the tensor itself, on a CPU
+    found = loaded.read(name, kind, offset, here)
+    if found and here is not target:
+        target.copy_(here)
+    return found
 
 
 def _shards(native: _native.Engine) -> Iterator[tuple[int, int, int, torch.Tensor, torch.Tensor | None]]:

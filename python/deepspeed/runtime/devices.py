@@ -8,6 +8,9 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from deepspeed._features import not_built
+from deepspeed._native import Config
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.rendezvous import explicit_backend
 
 # Set to 1, a model on the CPU is trained as one on an accelerator is: with torch's operations. For tests.
@@ -27,6 +30,43 @@ def device_of(parameters: Mapping[str, torch.Tensor]) -> torch.device:
             )
         first = first or (name, here)
     return first[1] if first is not None else torch.device("cpu")
+
+
+def choose_device(module: torch.nn.Module) -> torch.device:
+    """Where `module` trains: where its parameters are, or, for a model on the CPU of a host with an accelerator, on this
+    rank's one."""
+    here = device_of(dict(module.named_parameters()))
+    accelerator = get_accelerator()
+    if here.type != "cpu" or accelerator.device_name() == "cpu":
+        return here
+    if dist.get_backend() != "nccl":  # with NCCL the process group has chosen already
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")) % max(1, accelerator.device_count()))
+    return torch.device(accelerator.current_device_name())
+
+
+def take_to(module: torch.nn.Module, device: torch.device, stage: int) -> None:
+    """Moves what the engine does not: everything below stage 3, and at stage 3, where it takes shards of the parameters
+    wherever they are, all else."""
+    if stage < 3:
+        module.to(device)
+        return
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    for p in module.parameters():
+        if p.numel() == 0 or p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            p.data = p.data.to(device)
+
+
+def check_settings(config: Config, device: torch.device | None) -> None:
+    """Raises FeatureNotBuiltError for what the engine cannot do on an accelerator."""
+    if device is not None:
+        for used, feature in config.unbuilt_on_a_device():
+            not_built(used, feature)
+
+
+def on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, with copies of those that are not in the host's memory."""
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def torch_device(device: torch.device) -> torch.device | None:

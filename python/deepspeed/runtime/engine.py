@@ -21,7 +21,7 @@ from deepspeed.runtime import process_group
 from deepspeed.runtime.agreement import check_agreement
 from deepspeed.runtime.carried_state import describe_state
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.devices import moves_memory_of, torch_device
+from deepspeed.runtime.devices import check_settings, choose_device, moves_memory_of, take_to, torch_device
 from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
 from deepspeed.runtime.engine_states import StateMethods
@@ -89,10 +89,13 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         self._group: _native.Group | None = group  # until destroy()
         native_config = self._config.native
         self._trained = TrainedParameters(model)
-        self.device = self._trained.device()
+        self.device = choose_device(model)
+        check_settings(native_config, torch_device(self.device))
         self._broadcast_model(group)
         if self._config.zero_optimization_stage < 3:
             unshare_drafts(model)
+        if self.device.type != "cpu":
+            take_to(model, self.device, self._config.zero_optimization_stage)
         self.basic_optimizer = build_optimizer(optimizer, model_parameters, model, native_config)
         self._trained.select(self.basic_optimizer)
         check_agreement(group, self._facts_of_all_ranks())
@@ -213,7 +216,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         return DeepSpeedDataLoader(
             dataset,
             batch_size or self.train_micro_batch_size_per_gpu(),
-            pin_memory=pin_memory and torch.cuda.is_available(),
+            pin_memory=pin_memory and self.device.type != "cpu",
             local_rank=self.local_rank,
             collate_fn=collate_fn or self.collate_fn,
             num_local_io_workers=num_local_io_workers,
@@ -305,7 +308,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         if self.optimizer is None:
             if self._gather_hooks is not None:
                 not_built(
-                    "engine.step() without an optimizer at ZeRO stage 3 over torch.distributed",
+                    "engine.step() without an optimizer at ZeRO stage 3 where weights are gathered",
                     "gradients of weights that are not whole",
                 )
             report = self._native.step_without_optimizer()
@@ -322,6 +325,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
             )
         if report.skipped is not None:
             log_dist(f"step {self.global_steps} skipped: {report.skipped}", ranks=[0], level=30)
+        if report.checkpoint is not None:
+            log_dist(report.checkpoint, ranks=[0])
         if report.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
         if report.line is not None and self.global_rank == 0:
@@ -436,7 +441,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
             return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if destination is not None or keep_vars:
             not_built(
-                "engine.module_state_dict(destination=..., keep_vars=True) at ZeRO stage 3 over torch.distributed",
+                "engine.module_state_dict(destination=..., keep_vars=True) at ZeRO stage 3 where weights are gathered",
                 "a state dict of parameters that are not whole",
             )
         return whole_state_dict(self.module, prefix)
@@ -476,7 +481,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         """Compiles the module in place with torch.compile's machinery."""
         if self._gather_hooks is not None:
             not_built(
-                "engine.compile() at ZeRO stage 3 over torch.distributed", "compiled modules whose weights are gathered"
+                "engine.compile() at ZeRO stage 3 where weights are gathered",
+                "compiled modules whose weights are gathered",
             )
         self.module.compile(backend=backend, **(compile_kwargs or {}))
         self._compiled = True
@@ -494,7 +500,16 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
 
     def destroy(self) -> None:
         """Frees the engine's memory and its shared memory; the engine is of no use afterwards, the module is, but for
-        weights that are gathered from the ranks: copy what is needed of them within `zero.GatheredParameters` first."""
+        weights that are gathered from the ranks: copy what is needed of them within `zero.GatheredParameters` first.
+
+        Waits for a checkpoint that is being written behind training, and raises its error if it has one."""
+        try:
+            if self._native is not DESTROYED:
+                self._native.finish_save_alone()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
         if self.optimizer is not None:
             self.optimizer.destroy()
         self._unit_hooks.remove()

@@ -26,7 +26,9 @@ class StateMethods:
     ) -> None:
         """Moves state (all kinds, or those in `include`) from the accelerator to the host until `reload_states`.
 
-        Without an accelerator all state is in the host's memory, or on the disk the config names: nothing moves.
+        Without an accelerator all state is in the host's memory, or on the disk the config names: nothing moves. With
+        `lp_params` moved, the module cannot run until then. Memory is pinned, and copies are made without waiting, where
+        the accelerator allows it, whatever `pin_memory` and `non_blocking` say.
         """
         kinds = [OffloadStateTypeEnum(kind).value for kind in (include or OffloadStateTypeEnum)]
         if OffloadDeviceEnum(device) is not OffloadDeviceEnum.cpu:
@@ -34,10 +36,12 @@ class StateMethods:
                 f"offload_states(device={OffloadDeviceEnum(device).value!r}): state moves to 'cpu'; "
                 "zero_optimization.offload_optimizer keeps it on NVMe all the time"
             )
-        logger.info("offload_states(%s): the state of a model on the CPU is in the host's memory", ", ".join(kinds))
+        if not self._native.offload_states(kinds):
+            logger.info("offload_states(%s): the state of a model on the CPU is in the host's memory", ", ".join(kinds))
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Takes `offload_states` back."""
+        self._native.reload_states()
 
     def empty_partition_cache(self) -> None:
         """Gives memory that the engine has freed back to the system."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from deepspeed.runtime.devices import device_of
 from deepspeed.utils.logging import logger
 
 
@@ -28,10 +27,6 @@ class TrainedParameters:
         self.tensors: list[torch.nn.Parameter] = []
         self.groups: list[int] = []
         self.frozen: dict[str, torch.nn.Parameter] = {}
-
-    def device(self) -> torch.device:
-        """Where all of the module's parameters are."""
-        return device_of(self._all)
 
     def select(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Keeps what `optimizer` updates; with None, everything that requires a gradient."""

@@ -7,12 +7,21 @@ whose state this rank keeps, as a flat tensor, which may be empty.
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from deepspeed import _native
 from deepspeed.runtime.zero.sharded_parameter import is_gathered, true_shape
+
+
+@dataclass
+class fragment_address:
+    """Where a part of a parameter lies in flat memory, in elements; checkpoint files of the original hold it."""
+
+    numel: int
+    start: int
 
 
 class TrainedBy:

@@ -1,17 +1,174 @@
-"""Whole fp32 weights out of a sharded checkpoint."""
+"""Whole fp32 weights out of a checkpoint, whatever world, stage and format wrote it. No code in a checkpoint is run."""
 
-from deepspeed._features import unbuilt_function
+from __future__ import annotations
 
-_FEATURE = "reading the original's ZeRO checkpoints"
+import argparse
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-get_fp32_state_dict_from_zero_checkpoint = unbuilt_function(
-    "deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint", _FEATURE
-)
-convert_zero_checkpoint_to_fp32_state_dict = unbuilt_function(
-    "deepspeed.utils.zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict", _FEATURE
-)
-load_state_dict_from_zero_checkpoint = unbuilt_function(
-    "deepspeed.utils.zero_to_fp32.load_state_dict_from_zero_checkpoint", _FEATURE
-)
-get_model_state_file = unbuilt_function("deepspeed.utils.zero_to_fp32.get_model_state_file", _FEATURE)
-get_optim_files = unbuilt_function("deepspeed.utils.zero_to_fp32.get_optim_files", _FEATURE)
+import torch
+
+from deepspeed import _native
+from deepspeed.launcher._native_command import become
+from deepspeed.utils.logging import logger
+
+_SCRIPT = '''#!/usr/bin/env python
+"""Writes the checkpoint in this folder as one model: {name} CHECKPOINTS OUT; --help tells more."""
+
+from deepspeed.utils.zero_to_fp32 import main
+
+if __name__ == "__main__":
+    main(dtype={dtype!r})
+'''
+_SCRIPTS = {
+    name: _SCRIPT.format(name=name, dtype=dtype)
+    for name, dtype in (("zero_to_fp32.py", "fp32"), ("zero_to_torch.py", None))
+}
+
+
+class LazyTensor:
+    """A tensor that is read when `contiguous()` asks for it, each time anew."""
+
+    def __init__(self, model: _native.SavedModel, name: str, shape: Sequence[int], dtype: torch.dtype):
+        self._model, self._name = model, name
+        self.shape, self.dtype = torch.Size(shape), dtype
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def contiguous(self) -> torch.Tensor:
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self._model.read(self._name, tensor)
+        return tensor
+
+
+def get_fp32_state_dict_from_zero_checkpoint(
+    checkpoint_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+    lazy_mode: bool = False,
+) -> OrderedDict[str, Any]:
+    """The model's state dict in fp32: masters, frozen parameters and buffers, on the CPU.
+
+    checkpoint_dir  the folder given to save_checkpoint, or that of one checkpoint in it.
+    tag             which checkpoint; by default the one that `latest` names.
+    lazy_mode       values are read only when their `contiguous()` is called, so that memory holds one at a time.
+
+    Names of one parameter share one tensor.
+    """
+    model = _native.SavedModel.open(
+        checkpoint_dir, None if tag is None else str(tag), "fp32", exclude_frozen_parameters
+    )
+    _warn_of_absent(model.absent)
+    state: OrderedDict[str, Any] = OrderedDict()
+    for name, shape, dtype in model.tensors():
+        lazy = LazyTensor(model, name, shape, getattr(torch, dtype))
+        state[name] = lazy if lazy_mode else lazy.contiguous()
+    state.update((other, state[name]) for other, name in model.tied)
+    return state
+
+
+def convert_zero_checkpoint_to_fp32_state_dict(
+    checkpoint_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    max_shard_size: int | str | None = "5GB",
+    safe_serialization: bool = False,
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+) -> None:
+    """Writes the fp32 model into `output_dir`: `pytorch_model.bin` or, with `safe_serialization`, `model.safetensors`;
+    several files and an index where one would be larger than `max_shard_size`. Weights that are there are replaced."""
+    files, absent = _native.export_model(
+        checkpoint_dir,
+        None if tag is None else str(tag),
+        output_dir,
+        dtype="fp32",
+        max_shard_size=None if max_shard_size is None else str(max_shard_size),
+        safetensors=safe_serialization,
+        exclude_frozen=exclude_frozen_parameters,
+        overwrite=True,
+    )
+    _warn_of_absent(absent)
+    logger.info("wrote %s", ", ".join(map(str, files)))
+
+
+def load_state_dict_from_zero_checkpoint(
+    model: torch.nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
+) -> torch.nn.Module:
+    """`model` on the CPU with the fp32 weights of the checkpoint. It can no longer be trained by the engine it is in."""
+    model = model.cpu()
+    model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag), strict=False)
+    return model
+
+
+def get_optim_files(checkpoint_dir: str | os.PathLike[str]) -> list[str]:
+    """The optimizer files of a checkpoint that the original wrote, in the order of the ranks."""
+    files = sorted(Path(checkpoint_dir).glob("*_optim_states.pt"), key=lambda path: (len(path.name), path.name))
+    return [str(path) for path in files] or _not_the_originals(checkpoint_dir)
+
+
+def get_model_state_file(checkpoint_dir: str | os.PathLike[str], zero_stage: int) -> str:
+    """Rank 0's file of weights, counters and client state of a checkpoint that the original wrote."""
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if zero_stage == 3 else "mp_rank_00_model_states.pt"
+    path = Path(checkpoint_dir) / name
+    return str(path) if path.is_file() else _not_the_originals(path)
+
+
+def _not_the_originals(path: str | os.PathLike[str]) -> NoReturn:
+    raise FileNotFoundError(
+        f"{os.fspath(path)}: no such file of the original DeepSpeed's. get_fp32_state_dict_from_zero_checkpoint and "
+        "`deepspeed checkpoint` read every format"
+    )
+
+
+def _warn_of_absent(names: Sequence[str]) -> None:
+    if names:
+        logger.warning(
+            "the checkpoint was saved without %d frozen parameters, and so is the model: %s",
+            len(names),
+            ", ".join(names),
+        )
+
+
+def place_scripts(folder: str | os.PathLike[str]) -> None:
+    """Puts `zero_to_fp32.py` and `zero_to_torch.py` beside checkpoints, where people look for them."""
+    for name, text in _SCRIPTS.items():
+        path = Path(folder) / name
+        if path.is_file() and path.read_text() == text:
+            continue
+        temporary = path.with_name(f".{name}.{os.getpid()}")
+        temporary.write_text(text)
+        temporary.chmod(0o755)
+        temporary.replace(path)
+
+
+def main(arguments: Sequence[str] | None = None, dtype: str | None = "fp32") -> NoReturn:
+    """`zero_to_fp32.py` and, with `dtype` None, `zero_to_torch.py`: hands over to `deepspeed checkpoint export`."""
+    parser = argparse.ArgumentParser(
+        description="Writes a checkpoint as one model, as `deepspeed checkpoint export` does.",
+        prog=os.path.basename(sys.argv[0]),
+    )
+    parser.add_argument("checkpoint_dir", help="the folder of checkpoints, or that of one checkpoint")
+    parser.add_argument("output_dir", help="the folder for the model; weights that are in it are replaced")
+    parser.add_argument("--max_shard_size", default="5GB", help="no file is larger, as 5GB")
+    parser.add_argument("--safe_serialization", action="store_true", help="write safetensors in place of torch files")
+    parser.add_argument("-t", "--tag", help="the checkpoint; by default the one that `latest` names")
+    parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave out what was not trained")
+    parser.add_argument("-d", "--debug", action="store_true", help="accepted, has no effect")
+    if dtype is None:
+        parser.add_argument("--dtype", required=True, choices=("fp32", "fp16", "bf16"), help="the dtype of the weights")
+    given = parser.parse_args(arguments)
+    command = ["checkpoint", "export", given.checkpoint_dir, given.output_dir, "--overwrite"]
+    command += ["--dtype", dtype or given.dtype, "--max-shard-size", given.max_shard_size]
+    command += ["--format", "safetensors" if given.safe_serialization else "torch"]
+    command += ["--tag", given.tag] if given.tag else []
+    command += ["--exclude-frozen"] if given.exclude_frozen_parameters else []
+    become(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,9 +10,11 @@
 //! Tensors pass through in pieces, so memory does not grow with the model or with the size of its files. The result is
 //! whole or absent.
 
+mod file;
+mod files;
+mod model_file;
 mod plan;
 mod read;
-mod safetensors;
 
 use std::{
     fs,
@@ -21,6 +23,7 @@ use std::{
 
 use deepspeed_core::DType;
 
+pub use model_file::ModelFile;
 pub use plan::{ExportPlan, ExportTensor};
 pub use read::read_tensor;
 
@@ -29,9 +32,36 @@ use crate::{CheckpointError, Progress, Result, Source, output::Output};
 /// The size of files unless another is asked for, as in the Hugging Face libraries: 5 GB.
 pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 
+/// In what a model is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExportFormat {
+    /// `model.safetensors`.
+    #[default]
+    Safetensors,
+    /// `pytorch_model.bin`, as `torch.save` writes it.
+    Torch,
+}
+
+impl ExportFormat {
+    /// The format of a file of this name: safetensors for `.safetensors`, else torch's.
+    pub fn of_name(name: &str) -> Self {
+        if name.ends_with(".safetensors") { Self::Safetensors } else { Self::Torch }
+    }
+
+    /// The two parts of a file's name.
+    fn name(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Safetensors => ("model", "safetensors"),
+            Self::Torch => ("pytorch_model", "bin"),
+        }
+    }
+}
+
 /// How a model is written.
 #[derive(Clone, Copy, Debug)]
 pub struct ExportOptions {
+    /// In what.
+    pub format: ExportFormat,
     /// The dtype of the weights.
     pub dtype: DType,
     /// A file holds no more than this, unless a single tensor does.
@@ -44,7 +74,13 @@ pub struct ExportOptions {
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        Self { dtype: DType::F32, max_shard_bytes: MAX_SHARD_BYTES, exclude_frozen: false, overwrite: false }
+        Self {
+            format: ExportFormat::default(),
+            dtype: DType::F32,
+            max_shard_bytes: MAX_SHARD_BYTES,
+            exclude_frozen: false,
+            overwrite: false,
+        }
     }
 }
 
@@ -81,7 +117,7 @@ pub fn export(
     }
     let shards = plan.shards(options.max_shard_bytes);
     let mut output = Output::begin(out)?;
-    let names = safetensors::write(&mut output, source, &plan, &shards, progress)?;
+    let names = files::write(&mut output, source, &plan, &shards, options.format, progress)?;
     output.commit(&stale)?;
     Ok(Exported {
         files: names.iter().map(|name| out.join(name)).collect(),

@@ -7,7 +7,8 @@ use std::{
 };
 
 use deepspeed_checkpoint::{
-    Checkpoint, CommitParts, Draft, ParamRecord, RankRecord, RankWriter, Result, SliceSource, TensorSource,
+    Checkpoint, CommitParts, CopyPair, Draft, ParamRecord, RankRecord, RankWriter, Result, SliceSource,
+    Snapshot, SnapshotMemory, TensorSource,
     disk::{Disk, RealDisk},
     draft_folder, kind,
 };
@@ -96,6 +97,27 @@ impl Model {
         rank: usize,
         world: usize,
     ) -> Result<RankRecord> {
+        self.writer(disk, folder, rank, world, RankWriter::finish)
+    }
+
+    /// What a rank has to save, in memory of its own.
+    pub fn snapshot(&self, disk: &Arc<dyn Disk>, folder: &Path, rank: usize, world: usize) -> Snapshot {
+        let copy = |pairs: Vec<CopyPair<'_>>| {
+            pairs.into_iter().for_each(|(from, to)| to.copy_from_slice(from));
+        };
+        self.writer(disk, folder, rank, world, |writer| writer.snapshot(SnapshotMemory::default(), copy))
+            .unwrap()
+    }
+
+    /// Calls `work` with everything that a rank has to save.
+    pub fn writer<T>(
+        &self,
+        disk: &Arc<dyn Disk>,
+        folder: &Path,
+        rank: usize,
+        world: usize,
+        work: impl FnOnce(RankWriter<'_>) -> Result<T>,
+    ) -> Result<T> {
         let kinds: Vec<&str> = std::iter::once(kind::WEIGHT).chain(OPTIMIZER_KINDS).collect();
         let buffers: Vec<Vec<AlignedBuffer>> = (0..self.params.len())
             .map(|param| kinds.iter().map(|kind| self.buffer(param, kind)).collect())
@@ -116,10 +138,26 @@ impl Model {
             writer.blob("client_state", self.seed.to_string().into_bytes());
         }
         writer.blob("rng", vec![rank as u8; 100]);
-        writer.finish()
+        work(writer)
     }
 
     pub fn save_on(&self, disk: &Arc<dyn Disk>, dir: &Path, tag: &str, world: usize) -> Result<PathBuf> {
+        self.save_as(disk, dir, tag, world, true)
+    }
+
+    /// A save that `latest` does not name.
+    pub fn save_aside(&self, dir: &Path, tag: &str) {
+        self.save_as(&real_disk(), dir, tag, 1, false).unwrap();
+    }
+
+    fn save_as(
+        &self,
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        tag: &str,
+        world: usize,
+        latest: bool,
+    ) -> Result<PathBuf> {
         let nonce = u64::from(self.seed);
         let draft = Draft::begin_on(Arc::clone(disk), dir, tag, nonce)?;
         assert_eq!(draft.folder(), draft_folder(dir, tag, nonce));
@@ -129,7 +167,7 @@ impl Model {
                 RankRecord::from_bytes(&record.to_bytes())
             })
             .collect();
-        draft.commit(&records?, self.parts(world), true)
+        draft.commit(&records?, self.parts(world), latest)
     }
 
     pub fn save(&self, dir: &Path, tag: &str, world: usize) -> PathBuf {

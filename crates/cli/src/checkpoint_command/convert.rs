@@ -3,7 +3,8 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, ValueEnum};
-use deepspeed_checkpoint::{Result, convert};
+use deepspeed_checkpoint::{OriginalOptions, Result, Source, convert, write_original, write_universal};
+use deepspeed_core::DType;
 
 use super::{SourceArgs, progress::Bar};
 use crate::output::print;
@@ -13,22 +14,36 @@ use crate::output::print;
 pub(super) struct ConvertArgs {
     #[command(flatten)]
     source: SourceArgs,
-    /// The folder for the result
+    /// The folder for the result: of checkpoints, or for the universal format of the one checkpoint
     #[arg(value_name = "DST")]
     out: PathBuf,
     /// The format to write
     #[arg(long, value_enum, value_name = "FORMAT")]
     to: Format,
-    /// Replace what is there
+    /// deepspeed-0.19, universal: the ZeRO stage of the engine that will load it; that of the source unless given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=3))]
+    stage: Option<u8>,
+    /// deepspeed-0.19, universal: the number of ranks that will load it; those of the source unless given
+    #[arg(long, alias = "world_size", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    world: Option<u32>,
+    /// deepspeed-0.19, universal: what the model computes in, if not as in the source
+    #[arg(long, value_name = "DTYPE")]
+    dtype: Option<DType>,
+    /// Replace what is there (ours, universal)
     #[arg(long)]
     overwrite: bool,
 }
 
 /// The formats that can be written.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
     /// This version's own (docs/checkpoint-format.md), which any world and stage reads
     Ours,
+    /// The original's, for one stage and one number of ranks
+    #[value(name = "deepspeed-0.19")]
+    DeepSpeed019,
+    /// The original's universal format, which it loads at any number of ranks
+    Universal,
 }
 
 pub(super) fn run(args: &ConvertArgs) -> Result<ExitCode> {
@@ -37,7 +52,24 @@ pub(super) fn run(args: &ConvertArgs) -> Result<ExitCode> {
         let bar = Bar::new();
         match args.to {
             Format::Ours => convert::to_ours(&*source, &args.out, source.tag(), args.overwrite, &bar)?,
+            Format::Universal => {
+                let options = original_options(args, &*source);
+                write_universal(&*source, &args.out, options, args.overwrite)?;
+                args.out.clone()
+            }
+            Format::DeepSpeed019 => {
+                write_original(&*source, &args.out, source.tag(), original_options(args, &*source))?
+            }
         }
     };
     Ok(print(&format!("{}\n", folder.display())))
+}
+
+fn original_options(args: &ConvertArgs, source: &dyn Source) -> OriginalOptions {
+    OriginalOptions {
+        // The layout has no optimizer shards at stage 0: stage 1 is next to it.
+        stage: args.stage.or(source.stage()).unwrap_or(1).max(1),
+        world: args.world.map_or(source.world(), |world| world as usize),
+        dtype: args.dtype,
+    }
 }

@@ -2,10 +2,10 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use deepspeed_checkpoint::{
     Result,
-    export::{ExportOptions, MAX_SHARD_BYTES, export},
+    export::{ExportFormat, ExportOptions, MAX_SHARD_BYTES, export},
 };
 use deepspeed_core::DType;
 use deepspeed_monitor::memory::{Bytes, parse_bytes};
@@ -27,6 +27,9 @@ pub(super) struct ExportArgs {
     /// The dtype of the weights: fp32 (the masters), bf16 or fp16
     #[arg(long, value_name = "DTYPE", default_value = "fp32")]
     dtype: DType,
+    /// The format of the files
+    #[arg(long, value_enum, default_value_t = Format::Safetensors)]
+    format: Format,
     /// No file is larger, unless a single tensor is: 5GB, 500MiB
     #[arg(long, alias = "max_shard_size", value_name = "SIZE", value_parser = parse_bytes, default_value_t = MAX_SHARD_BYTES, hide_default_value = true)]
     max_shard_size: u64,
@@ -38,9 +41,28 @@ pub(super) struct ExportArgs {
     overwrite: bool,
 }
 
+/// The formats of files.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    /// model.safetensors
+    Safetensors,
+    /// pytorch_model.bin, as torch.save writes it
+    Torch,
+}
+
+impl From<Format> for ExportFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Safetensors => Self::Safetensors,
+            Format::Torch => Self::Torch,
+        }
+    }
+}
+
 pub(super) fn run(args: &ExportArgs) -> Result<ExitCode> {
     let source = args.source.open()?;
     let options = ExportOptions {
+        format: args.format.into(),
         dtype: args.dtype,
         max_shard_bytes: args.max_shard_size,
         exclude_frozen: args.exclude_frozen,

@@ -42,21 +42,26 @@ pub(super) const SETTINGS: &[Setting] = &[
         "Load a checkpoint of the universal form.",
         "every checkpoint loads on any number of ranks",
     ),
-    not_built(
+    built(
         "checkpoint.use_node_local_storage",
         Kind::Bool,
         "false",
-        "Save on every host because the folder is not shared.",
-        "checkpoints on storage that hosts do not share",
-        NonDefault,
+        "The checkpoint folder is not shared by the hosts: each keeps the files of its own ranks, with the manifest of all, and \
+         a load brings what a rank needs and its host does not have from the other hosts. Not with checkpoint.async.",
     ),
-    not_built(
+    built(
         "checkpoint.async",
         Kind::Bool,
         "false",
-        "Write checkpoints behind training.",
-        "checkpoints written behind training",
-        NonDefault,
+        "Write checkpoints behind training: save_checkpoint returns when everything has been copied to memory, which the \
+         memory plan counts. One is written at a time; an error is raised by the next call of the engine, on all ranks.",
+    ),
+    built(
+        "checkpoint.keep_last",
+        Kind::POSITIVE,
+        "null",
+        "After a save, remove the oldest complete checkpoints of its folder until this many are left. Those saved with \
+         save_latest=False, the one that `latest` names and one that is being read stay. null keeps all.",
     ),
     no_effect(
         "checkpoint.parallel_write",

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use deepspeed_checkpoint::{Checkpoint, CheckpointError, kind};
+use deepspeed_checkpoint::{CheckpointError, Source, kind};
 use deepspeed_core::{DType, Layout, ParamSpec, Rank, Span, SpanMut};
 use deepspeed_optim::{Hyper, state_names};
 
@@ -12,6 +12,8 @@ use crate::{Engine, EngineError, sharded_weights::Shards};
 /// What to load of a checkpoint.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
+    /// The weights. Without them, they stay as they are; masters and optimizer state come by name where shapes agree.
+    pub weights: bool,
     /// Only weights: no optimizer state, no counters.
     pub module_only: bool,
     /// The optimizer's state; without it, masters are made from the weights.
@@ -21,24 +23,25 @@ pub struct LoadOptions {
 }
 
 impl Engine {
-    /// Loads what `options` ask for from the checkpoint `tag` of `dir` (or the latest) into the engine, into `weights`
-    /// (by parameter id) and into `frozen` ones (by name). `None` if there is no `latest`. Collective.
+    /// Opens one checkpoint and checks its files: `opened` is what this rank found. Collective.
     ///
     /// # Errors
-    /// [`EngineError::Checkpoint`] on every rank if anything failed on any.
-    pub fn load_checkpoint(
-        &mut self,
+    /// [`EngineError::DamagedCheckpoint`] if a checksum is wrong; as [`Engine::open_checkpoint`].
+    pub(super) fn agree_on_opened(
+        &self,
         dir: &Path,
-        tag: Option<&str>,
-        options: LoadOptions,
-        hypers: &[Hyper],
-        weights: &mut [SpanMut<'_>],
-        frozen: &mut [(String, SpanMut<'_>)],
-    ) -> Result<Option<Checkpoint>, EngineError> {
-        let group = self.group.clone();
-        let group = &*group;
+        opened: Result<Option<Box<dyn Source>>, CheckpointError>,
+    ) -> Result<Option<Box<dyn Source>>, EngineError> {
+        let group = &*self.group;
         group.set_activity("load_checkpoint");
-        let opened = Checkpoint::open(dir, tag);
+        let trained: Vec<(&str, usize)> =
+            self.layout.params.iter().map(|spec| (spec.name.as_str(), spec.group)).collect();
+        let opened = opened.and_then(|mut checkpoint| {
+            if let Some(checkpoint) = &mut checkpoint {
+                checkpoint.resolve(&trained)?;
+            }
+            Ok(checkpoint)
+        });
         let (checkpoint, tags) = agree(group, "checkpoint to load", opened, |checkpoint| {
             checkpoint.as_ref().map_or_else(Vec::new, |it| it.tag().as_bytes().to_vec())
         })?;
@@ -55,27 +58,49 @@ impl Engine {
                 name(other)
             )));
         }
-        let Some(checkpoint) = checkpoint else {
-            group.set_activity("");
-            return Ok(None);
-        };
-        let checked = checkpoint.verify_share(group.rank(), group.world());
-        agree(group, "checksums of the checkpoint", checked, |()| Vec::new())?;
-        self.check_parameters(&checkpoint, options, frozen)?;
-        let read = self.read(&checkpoint, options, hypers, weights, frozen);
+        if let Some(checkpoint) = &checkpoint {
+            let checked = checkpoint.verify_share(group.rank(), group.world());
+            agree(group, "checksums of the checkpoint", checked, |()| Vec::new())
+                .map_err(EngineError::damaged)?;
+        }
+        group.set_activity("");
+        Ok(checkpoint)
+    }
+
+    /// Loads what `options` ask for into the engine, into `weights` (by parameter id) and into `frozen` ones (by name).
+    /// Collective.
+    ///
+    /// # Errors
+    /// [`EngineError::Checkpoint`] on every rank if anything failed on any; [`EngineError::Usage`] for a model that does
+    /// not fit.
+    pub fn load_from(
+        &mut self,
+        checkpoint: &dyn Source,
+        options: LoadOptions,
+        hypers: &[Hyper],
+        weights: &mut [SpanMut<'_>],
+        frozen: &mut [(String, SpanMut<'_>)],
+    ) -> Result<(), EngineError> {
+        let group = self.group.clone();
+        let group = &*group;
+        group.set_activity("load_checkpoint");
+        if options.weights {
+            self.check_parameters(checkpoint, options, frozen)?;
+        }
+        let read = self.read(checkpoint, options, hypers, weights, frozen);
         agree(group, "contents of the checkpoint", read, |()| Vec::new())?;
         if !options.module_only {
             self.load_state(checkpoint.state())?;
         }
         self.discard_gradients();
         group.set_activity("");
-        Ok(Some(checkpoint))
+        Ok(())
     }
 
     /// Compares the model's parameters with the checkpoint's; the same on every rank.
     fn check_parameters(
         &self,
-        checkpoint: &Checkpoint,
+        checkpoint: &dyn Source,
         options: LoadOptions,
         frozen: &[(String, SpanMut<'_>)],
     ) -> Result<(), EngineError> {
@@ -98,7 +123,10 @@ impl Engine {
                 || frozen.iter().any(|(it, _)| it == name)
         };
         if options.strict {
-            let extra = checkpoint.manifest().params.iter().filter(|param| !ours(&param.name));
+            let known = |name: &str| {
+                ours(name) || checkpoint.tied().iter().any(|(other, tied)| tied == name && ours(other))
+            };
+            let extra = checkpoint.params().iter().filter(|param| !known(&param.name));
             problems.extend(extra.map(|param| format!("the model has no parameter `{}`", param.name)));
         }
         if problems.is_empty() {
@@ -117,14 +145,16 @@ impl Engine {
 
     fn read(
         &mut self,
-        checkpoint: &Checkpoint,
+        checkpoint: &dyn Source,
         options: LoadOptions,
         hypers: &[Hyper],
         weights: &mut [SpanMut<'_>],
         frozen: &mut [(String, SpanMut<'_>)],
     ) -> Result<(), EngineError> {
         let rank = self.group.rank();
-        if let Some(sharded) = &mut self.weights {
+        if !options.weights {
+            // They are the face's matter.
+        } else if let Some(sharded) = &mut self.weights {
             read_shards(checkpoint, &self.layout, &mut sharded.trained, rank)?;
             read_shards(checkpoint, &sharded.frozen_layout, &mut sharded.frozen, rank)?;
             self.load_masters_from_shards()?;
@@ -138,7 +168,7 @@ impl Engine {
             let spans: Vec<Span<'_>> = weights.iter().map(SpanMut::as_span).collect();
             self.load_masters(&spans)?;
         }
-        for (name, weights) in frozen.iter_mut() {
+        for (name, weights) in frozen.iter_mut().filter(|_| options.weights) {
             if checkpoint.dtype(name, kind::WEIGHT).is_some() {
                 read_cast(checkpoint, name, kind::WEIGHT, 0..weights.len(), weights)?;
             }
@@ -151,26 +181,26 @@ impl Engine {
             let shard = &mut self.shards[unit.id.index()];
             let range = unit.shard(rank);
             for fragment in unit.fragments(range.clone()) {
-                let name = &self.layout.param(fragment.param).name;
-                if checkpoint.param(name).is_none() {
+                let spec = self.layout.param(fragment.param);
+                let name = &spec.name;
+                if checkpoint.param(name).is_none_or(|stored| stored.shape != spec.shape) {
                     continue;
                 }
                 let start = fragment.unit_offset - range.start;
                 let part = start..start + fragment.len;
                 let stored = fragment.param_offset..fragment.param_offset + fragment.len;
-                if let Some(master) = &mut shard.master
-                    && checkpoint.dtype(name, kind::MASTER).is_some()
-                {
+                let saved_master = master_kind(checkpoint, name);
+                if let (Some(master), Some(kind)) = (&mut shard.master, saved_master) {
                     let mut target = SpanMut::from(&mut master.as_f32_mut()[part.clone()]);
-                    read_cast(checkpoint, name, kind::MASTER, stored.clone(), &mut target)?;
+                    read_cast(checkpoint, name, kind, stored.clone(), &mut target)?;
                 }
                 for (state, tensor) in names.iter().zip(&mut shard.state) {
                     let mut target = SpanMut::from(&mut tensor.as_f32_mut()[part.clone()]);
                     read_cast(checkpoint, name, state, stored.clone(), &mut target)?;
                 }
                 if let Some(offloaded) = self.offloaded.as_ref().filter(|it| it.holds(unit.id)) {
-                    let master = offloaded.has_master(unit.id).then_some((kind::MASTER, None));
-                    let master = master.filter(|(kind, _)| checkpoint.dtype(name, kind).is_some());
+                    let master = saved_master.filter(|_| offloaded.has_master(unit.id));
+                    let master = master.map(|kind| (kind, None));
                     let states = names.iter().enumerate().map(|(index, name)| (*name, Some(index)));
                     let mut values = vec![0.0f32; fragment.len];
                     for (kind, state) in master.into_iter().chain(states) {
@@ -187,14 +217,20 @@ impl Engine {
 
 /// Where the weights of a parameter are read from: fp32 weights are masters, so they come from the masters of a checkpoint
 /// that was trained in 16 bits.
-fn weight_kind(checkpoint: &Checkpoint, spec: &ParamSpec) -> &'static str {
+fn weight_kind(checkpoint: &dyn Source, spec: &ParamSpec) -> &'static str {
     let masters = spec.dtype == DType::F32 && checkpoint.dtype(&spec.name, kind::MASTER).is_some();
     if masters { kind::MASTER } else { kind::WEIGHT }
 }
 
+/// Where the fp32 master of a parameter is read from: weights that were saved in fp32 are masters.
+fn master_kind(checkpoint: &dyn Source, name: &str) -> Option<&'static str> {
+    let fp32 = |kind| checkpoint.dtype(name, kind) == Some(DType::F32);
+    [kind::MASTER, kind::WEIGHT].into_iter().find(|kind| fp32(kind))
+}
+
 /// Reads this rank's shards of the weights.
 fn read_shards(
-    checkpoint: &Checkpoint,
+    checkpoint: &dyn Source,
     layout: &Layout,
     shards: &mut Shards,
     rank: Rank,
@@ -219,7 +255,7 @@ fn read_shards(
 /// # Errors
 /// [`CheckpointError`] if it is not stored, or damaged.
 pub fn read_cast(
-    checkpoint: &Checkpoint,
+    checkpoint: &dyn Source,
     name: &str,
     kind: &str,
     range: std::ops::Range<usize>,
@@ -230,7 +266,7 @@ pub fn read_cast(
         return checkpoint.read(name, kind, range, target.slice_mut(0, len));
     }
     let start = range.start;
-    checkpoint.visit(name, kind, range, |at, elements| {
+    checkpoint.visit(name, kind, range, &mut |at, elements| {
         deepspeed_kernels::cast(elements, target.slice_mut(at - start, elements.len()));
     })
 }

@@ -5,9 +5,13 @@
 //! others.
 
 mod agree;
+mod behind;
+mod hosts;
 mod load;
+mod resume;
 mod save;
 mod state;
 
+pub(crate) use behind::{Memory, Saving};
 pub use load::{LoadOptions, read_cast};
 pub use save::{Frozen, ParamSlice, SaveRequest, Saved, TagRule};

@@ -6,7 +6,8 @@ use std::{
 };
 
 use deepspeed_checkpoint::{
-    CheckpointError, CommitParts, Draft, ParamRecord, RankRecord, RankWriter, SliceSource, TensorSource, kind,
+    CheckpointError, CommitParts, Draft, HostPart, ParamRecord, RankRecord, RankWriter, Retired, SliceSource,
+    TensorSource, disk::RealDisk, kind, retire,
 };
 use deepspeed_comm::Group;
 use deepspeed_core::{DType, Layout, ParamId, ParamSpec, Rank, Span, SpanMut};
@@ -87,42 +88,69 @@ pub struct Saved {
     pub tag: String,
     /// Whether ranks had different ones.
     pub tags_differ: bool,
-    /// The checkpoint's folder.
+    /// The checkpoint's folder; where it is written behind training, it is not there yet.
     pub folder: PathBuf,
+    /// Whether it is written behind training.
+    pub behind: bool,
+    /// Older checkpoints that went, known to rank 0; of a save behind training, [`Engine::finish_save`] tells.
+    pub retired: Retired,
 }
 
 impl Engine {
     /// Saves everything under `request.tag`. Collective.
+    ///
+    /// With [`crate::SaveSettings::behind`], returns as soon as everything has been copied; first it waits for the save
+    /// before this one, and ends with its error if it had one.
     ///
     /// # Errors
     /// [`EngineError::Checkpoint`] on every rank if anything failed on any; the checkpoints there were are untouched.
     /// [`EngineError::Usage`] for tags that differ under [`TagRule::Fail`].
     pub fn save_checkpoint(&mut self, request: &SaveRequest<'_>) -> Result<Saved, EngineError> {
         self.check_weights_lent(request.weights)?;
+        self.finish_save()?;
         let group = self.group.clone();
         let group = &*group;
         group.set_activity("save_checkpoint");
         let (tag, tags_differ) = agree_on_tag(group, request.tag, request.rule)?;
-        let first = group.rank() == Rank(0);
+        let hosts = self.hosts()?;
+        let lead = hosts.lead(group.rank());
+        let first = group.rank().index() == lead;
 
         let draft = if first { Draft::begin(request.dir, &tag, nonce()).map(Some) } else { Ok(None) };
         let (draft, messages) = agree(group, "checkpoint folder", draft, |draft| {
             let name = draft.as_ref().and_then(|draft| draft.folder().file_name());
             name.map_or_else(Vec::new, |name| name.as_encoded_bytes().to_vec())
         })?;
-        let folder = request.dir.join(String::from_utf8_lossy(&messages[0]).as_ref());
+        let folder = request.dir.join(String::from_utf8_lossy(&messages[lead]).as_ref());
+        let draft = draft.map(|mut draft| {
+            if self.settings.saving.node_local {
+                let save = String::from_utf8_lossy(&messages[0]).into_owned();
+                draft.keep_part(HostPart { ranks: hosts.ranks_of(lead), save });
+            }
+            draft
+        });
 
-        let record = self.write_files(&folder, request);
+        let target = request.dir.join(&tag);
+        if self.settings.saving.behind {
+            self.save_behind(request, draft, &folder, &tag)?;
+            group.set_activity("");
+            return Ok(Saved { tag, tags_differ, folder: target, behind: true, retired: Retired::default() });
+        }
+        let record = self.writer(&folder, request).and_then(RankWriter::finish);
         let (_, records) = agree(group, "checkpoint files", record, RankRecord::to_bytes)?;
 
         let committed = draft.map(|draft| {
             let records: Result<Vec<_>, _> =
                 records.iter().map(|bytes| RankRecord::from_bytes(bytes)).collect();
-            draft.commit(&records?, self.commit_parts(request), request.save_latest)
+            draft.commit(&records?, self.commit_parts(request), request.save_latest)?;
+            let keep = self.settings.saving.keep_last;
+            Ok::<_, CheckpointError>(
+                keep.map(|keep| retire(&RealDisk, request.dir, keep)).unwrap_or_default(),
+            )
         });
-        agree(group, "checkpoint commit", committed.transpose(), |_| Vec::new())?;
+        let (retired, _) = agree(group, "checkpoint commit", committed.transpose(), |_| Vec::new())?;
         group.set_activity("");
-        Ok(Saved { folder: request.dir.join(&tag), tag, tags_differ })
+        Ok(Saved { tag, tags_differ, folder: target, behind: false, retired: retired.unwrap_or_default() })
     }
 
     fn check_weights_lent(&self, weights: &[Span<'_>]) -> Result<(), EngineError> {
@@ -136,8 +164,12 @@ impl Engine {
         Ok(())
     }
 
-    /// Writes this rank's files.
-    fn write_files(&self, folder: &Path, request: &SaveRequest<'_>) -> Result<RankRecord, CheckpointError> {
+    /// Everything that this rank has to save.
+    pub(super) fn writer<'a>(
+        &'a self,
+        folder: &Path,
+        request: &'a SaveRequest<'_>,
+    ) -> Result<RankWriter<'a>, CheckpointError> {
         let rank = self.group.rank();
         let mut writer = RankWriter::new(folder, rank, self.group.world());
         let names = request.hypers.first().map_or(&[] as &[&str], state_names);
@@ -177,12 +209,13 @@ impl Engine {
                             what,
                             fragment.param_offset,
                             (fragment.len, DType::F32),
-                            move || {
-                                let mut values = vec![0.0f32; fragment.len];
+                            move |first, piece| {
+                                let mut values = vec![0.0f32; piece.len() / DType::F32.size()];
                                 offloaded
-                                    .read(unit.id, state, start, SpanMut::from(&mut values[..]))
+                                    .read(unit.id, state, start + first, SpanMut::from(&mut values[..]))
                                     .map_err(std::io::Error::other)?;
-                                Ok(Span::from(&values[..]).as_bytes().to_vec())
+                                piece.copy_from_slice(Span::from(&values[..]).as_bytes());
+                                Ok(())
                             },
                         )?;
                     }
@@ -221,10 +254,10 @@ impl Engine {
         for (name, bytes) in request.blobs {
             writer.blob(name, bytes.as_slice());
         }
-        writer.finish()
+        Ok(writer)
     }
 
-    fn commit_parts(&self, request: &SaveRequest<'_>) -> CommitParts {
+    pub(super) fn commit_parts(&self, request: &SaveRequest<'_>) -> CommitParts {
         let sharded = self.weights.as_ref().map_or(&[] as &[ParamSpec], |it| &it.frozen_layout.params);
         let sharded = sharded.iter().map(|spec| ParamRecord { group: None, ..ParamRecord::from(spec) });
         let frozen = request.frozen.iter().map(|frozen| ParamRecord {

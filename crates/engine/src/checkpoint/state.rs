@@ -33,6 +33,11 @@ impl Engine {
         if scaler.is_dynamic() == self.scaler.is_dynamic() {
             self.scaler = scaler;
         }
+        // A boundary stays a boundary, also where the accumulation steps have changed.
+        let saved = state["accumulation_steps"].as_u64();
+        if saved.is_some_and(|saved| saved != self.accumulation.steps()) {
+            self.counters.micro_steps = self.counters.global_steps * self.accumulation.steps();
+        }
         self.accumulation.set_micro_steps(self.counters.micro_steps);
         self.restart_window();
         Ok(())

@@ -1,6 +1,8 @@
 //! A model whose gradients are known in closed form, trained by ranks that are threads.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test file uses a part")]
 
+pub mod saving;
+
 use std::{sync::Arc, thread};
 
 use deepspeed_comm::{Group, Options, Solo, threads};
@@ -31,6 +33,8 @@ pub struct Replica {
     pub weights: Vec<AlignedBuffer>,
     pub hypers: Vec<Hyper>,
     pub micro: usize,
+    /// Whether every rank sees the data of rank 0, so that the number of ranks does not matter.
+    pub same_data: bool,
 }
 
 impl Replica {
@@ -64,7 +68,7 @@ impl Replica {
             engine.fill_weights(&spans, &[]).unwrap();
         }
         let weights = originals.iter().map(|original| cast(original.span(), dtype)).collect();
-        Self { engine, weights, hypers, micro: 0 }
+        Self { engine, weights, hypers, micro: 0, same_data: false }
     }
 
     /// At stage 3: looks at the weights that all ranks share, as a framework would.
@@ -81,7 +85,7 @@ impl Replica {
 
     /// Gradients of one micro-batch, in the weights' dtype, times the engine's loss factor.
     pub fn gradients(&self) -> Vec<AlignedBuffer> {
-        let rank = self.engine.group().rank().index();
+        let rank = self.data_rank();
         let factor = self.engine.loss_factor(true);
         let weights = self.weights.iter().enumerate();
         weights
@@ -93,6 +97,22 @@ impl Replica {
                 cast(gradient.span(), weights.dtype())
             })
             .collect()
+    }
+
+    fn data_rank(&self) -> usize {
+        if self.same_data { 0 } else { self.engine.group().rank().index() }
+    }
+
+    /// What the next micro-step makes smaller.
+    pub fn loss(&self) -> f64 {
+        let rank = self.data_rank();
+        let weights = self.weights.iter().enumerate();
+        let squares = weights.flat_map(|(p, weights)| {
+            let weights = cast(weights.span(), DType::F32);
+            let square = move |(i, x): (usize, &f32)| f64::from(x - target(p, i, rank, self.micro)).powi(2);
+            weights.as_f32().iter().enumerate().map(square).collect::<Vec<_>>()
+        });
+        squares.sum::<f64>() / 2.0
     }
 
     pub fn micro_step(&mut self) -> Result<StepReport, EngineError> {

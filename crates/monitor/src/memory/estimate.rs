@@ -81,6 +81,7 @@ impl Zero2 {
             live_parameters: largest_unit.saturating_mul(2),
             offload_optimizer: OffloadOptimizerConfig { device, ..OffloadOptimizerConfig::default() },
             offload_param: OffloadParamConfig::default(),
+            checkpoint_copy: false,
         }
     }
 

@@ -129,6 +129,8 @@ pub struct Facts {
     pub offload_optimizer: OffloadOptimizerConfig,
     /// Where the parameters lie at stage 3.
     pub offload_param: OffloadParamConfig,
+    /// Whether checkpoints are written behind training, from a copy.
+    pub checkpoint_copy: bool,
 }
 
 impl Facts {

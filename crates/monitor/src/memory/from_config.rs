@@ -33,6 +33,7 @@ impl Facts {
             live_parameters: live_parameters(&zero.gathering, &params),
             offload_optimizer: zero.offload_optimizer.clone(),
             offload_param: zero.offload_param.clone(),
+            checkpoint_copy: config.checkpoint.behind,
         }
     }
 

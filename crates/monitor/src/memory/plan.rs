@@ -56,6 +56,8 @@ pub enum Kind {
     OffloadBuffers,
     /// Buffers through which ranks exchange.
     ExchangeBuffers,
+    /// The copy of everything that a checkpoint written behind training is written from.
+    CheckpointCopy,
 }
 
 impl fmt::Display for Kind {
@@ -70,6 +72,7 @@ impl fmt::Display for Kind {
             Self::OptimizerState => "optimizer state",
             Self::OffloadBuffers => "offload buffers",
             Self::ExchangeBuffers => "exchange buffers",
+            Self::CheckpointCopy => "checkpoint copy",
         })
     }
 }
@@ -123,6 +126,7 @@ impl Plan {
         table.gradients(facts, compute);
         table.optimizer(facts, compute);
         table.exchange(facts, compute);
+        table.checkpoint_copy(facts);
         table.rows.retain(|row| row.amount != Amount::default());
         table.rows.sort_by_key(|row| (row.kind, row.tier));
         Self { rows: table.rows, ranks_per_host: facts.local() }
@@ -262,6 +266,30 @@ impl Table {
         // A unit's gradients on their way out and on their way in.
         let unit = facts.params.trainable.at_most(facts.params.largest_unit);
         self.own(Kind::ExchangeBuffers, compute, unit.bytes().saturating_mul(2));
+    }
+}
+
+impl Table {
+    /// What a rank writes, but for state on a disk: that is written before training goes on.
+    fn checkpoint_copy(&mut self, facts: &Facts) {
+        if !facts.checkpoint_copy {
+            return;
+        }
+        let own = facts.params.trainable.part(facts.ranks());
+        // Below stage 3 one rank writes frozen weights; that it is on this host is the larger case.
+        let frozen = facts.params.frozen;
+        let away = match facts.offload_optimizer.device {
+            OffloadDevice::Nvme if facts.stage > 0 => facts.offload_optimizer.ratio.clamp(0.0, 1.0),
+            _ => 0.0,
+        };
+        let state = fp32(own.narrow(), 1).saturating_add(fp32(own.count(), facts.state_tensors));
+        let state = (state as f64 * (1.0 - away)).ceil() as u64;
+        let own = own.bytes().saturating_add(state);
+        let amount = Amount {
+            per_rank: own.saturating_add(frozen.bytes().div_ceil(self.local)),
+            per_host: own.saturating_mul(self.local).saturating_add(frozen.bytes()),
+        };
+        self.rows.push(Row { kind: Kind::CheckpointCopy, tier: Tier::Host, amount });
     }
 }
 

@@ -48,6 +48,8 @@ pub struct Change {
     pub offload_param: Option<OffloadDevice>,
     /// Another `offload_param.max_in_cpu`.
     pub max_in_cpu: Option<usize>,
+    /// Whether checkpoints are written behind training.
+    pub checkpoint_async: Option<bool>,
     /// Fewer ranks on each host.
     pub ranks_per_host: Option<u64>,
     /// More hosts.
@@ -109,19 +111,20 @@ impl Free {
     }
 }
 
-/// What a step away from the facts costs the user: a higher stage a little time, the host's memory more, a disk much
+/// What a step away from the facts costs the user: saves that training waits for least, a higher stage a little time, the host's memory more, a disk much
 /// more; fewer ranks or more hosts change the run itself. Powers of two, so that the sum of all cheaper steps never
 /// outweighs a dearer one, and no step is taken without need.
 mod cost {
-    pub(super) const STAGE: u32 = 1;
-    pub(super) const NOTHING_KEPT: u32 = 2;
-    pub(super) const LIVE_PARAMETERS: u32 = 4;
-    pub(super) const OPTIMIZER_ON_CPU: u32 = 8;
-    pub(super) const PARAM_ON_CPU: u32 = 16;
-    pub(super) const OPTIMIZER_ON_NVME: u32 = 32;
-    pub(super) const PARAM_ON_NVME: u32 = 64;
+    pub(super) const SAVES_STAND_STILL: u32 = 1;
+    pub(super) const STAGE: u32 = 2;
+    pub(super) const NOTHING_KEPT: u32 = 4;
+    pub(super) const LIVE_PARAMETERS: u32 = 8;
+    pub(super) const OPTIMIZER_ON_CPU: u32 = 16;
+    pub(super) const PARAM_ON_CPU: u32 = 32;
+    pub(super) const OPTIMIZER_ON_NVME: u32 = 64;
+    pub(super) const PARAM_ON_NVME: u32 = 128;
     /// For each halving.
-    pub(super) const FEWER_RANKS: u32 = 128;
+    pub(super) const FEWER_RANKS: u32 = 256;
 }
 
 /// Of all combinations of steps the cheapest whose plan fits.
@@ -197,6 +200,7 @@ fn settings(facts: &Facts) -> Vec<(u32, Facts)> {
                     let price = cost::STAGE * u32::from(stage - facts.stage);
                     let other = Facts {
                         stage,
+                        checkpoint_copy: false,
                         // A client's optimizer works on shards from stage 1 on.
                         whole_state: facts.whole_state && stage == 0,
                         live_parameters: live,
@@ -204,7 +208,13 @@ fn settings(facts: &Facts) -> Vec<(u32, Facts)> {
                         offload_param: param,
                         ..facts.clone()
                     };
-                    found.push((price + live_price + optimizer_price + param_price, other));
+                    let price = price + live_price + optimizer_price + param_price;
+                    if facts.checkpoint_copy {
+                        found.push((price, Facts { checkpoint_copy: true, ..other.clone() }));
+                        found.push((price + cost::SAVES_STAND_STILL, other));
+                    } else {
+                        found.push((price, other));
+                    }
                 }
             }
         }
@@ -271,6 +281,7 @@ impl Change {
             offload_optimizer: changed(&old.offload_optimizer.device, &new.offload_optimizer.device),
             offload_param: changed(&old.offload_param.device, &new.offload_param.device),
             max_in_cpu: changed(&old.offload_param.max_in_cpu, &new.offload_param.max_in_cpu),
+            checkpoint_async: changed(&old.checkpoint_copy, &new.checkpoint_copy),
             ranks_per_host: changed(&old.local(), &new.local()),
             hosts: changed(&hosts(old), &hosts(new)),
             plan,
@@ -297,10 +308,11 @@ impl Change {
         ];
         let config = block(settings.into_iter().flatten().collect());
         let config = config.map(|text| format!("\"zero_optimization\": {text}"));
+        let saves = self.checkpoint_async.map(|it| format!("\"checkpoint\": {{\"async\": {it}}}"));
         let ranks =
             self.ranks_per_host.map(|ranks| format!("deepspeed --num_gpus {ranks} ... (ranks on each host)"));
         let hosts = self.hosts.map(|hosts| format!("{hosts} hosts of this size, in the hostfile"));
-        [config, ranks, hosts].into_iter().flatten().collect()
+        [saves, config, ranks, hosts].into_iter().flatten().collect()
     }
 }
 

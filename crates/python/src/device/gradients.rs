@@ -100,8 +100,7 @@ impl TorchDevice {
     ) -> PyResult<()> {
         let number = unit.id.index();
         let gradient = self.tensor(py, number, deepspeed_engine::Part::Gradient)?;
-        let on_host =
-            gradient.getattr(intern!(py, "is_cpu"))?.extract::<bool>()? && self.ops.is_accelerator();
+        let on_host = self.is_on_host(&gradient)?;
         // In place where the shard is on the device and holds nothing yet.
         let in_place = into == Into::Store && !on_host;
         let total =

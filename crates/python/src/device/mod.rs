@@ -4,12 +4,14 @@
 //! a step, once, and what checkpoints and updates on the host need. CUDA, ROCm and XPU come from torch; on CPU tensors the
 //! same code runs without streams, which is how it is tested.
 
+mod eviction;
 mod gradients;
 mod ops;
 mod update;
 mod weights;
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
@@ -54,6 +56,10 @@ pub(crate) struct TorchDevice {
     sums: Mutex<Vec<Py<PyAny>>>,
     /// By trained unit, the norm of its gradient shard: a tensor of one fp64.
     norms: Mutex<Vec<Option<Py<PyAny>>>>,
+    /// By number of a unit that is gathered beside the program's work: when that is over.
+    gathered: Mutex<HashMap<usize, Py<PyAny>>>,
+    /// Tensors without memory, with their values in the host's.
+    evicted: Mutex<Vec<(Py<PyAny>, Py<PyAny>)>>,
 }
 
 impl fmt::Debug for TorchDevice {
@@ -93,12 +99,21 @@ impl TorchDevice {
             units: OnceLock::new(),
             sums: Mutex::default(),
             norms: Mutex::default(),
+            gathered: Mutex::default(),
+            evicted: Mutex::default(),
         })
     }
 
     /// The `torch.device`.
     pub(crate) fn torch_device<'py>(&self, py: Python<'py>) -> &Bound<'py, PyAny> {
         self.ops.device(py)
+    }
+
+    /// Bytes that are free on an accelerator, or taken by the parameters that the engine's take the place of; none on a CPU.
+    pub(crate) fn memory(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let Some(free) = self.ops.free_memory(py)? else { return Ok(None) };
+        let bytes = self.parameters.iter().map(|it| it.bind(py).getattr("nbytes")?.extract::<u64>());
+        Ok(Some(free + bytes.sum::<PyResult<u64>>()?))
     }
 
     /// All units, by number.
@@ -133,7 +148,13 @@ impl TorchDevice {
 
     /// Runs `work` under the GIL.
     fn attached<T>(&self, work: impl FnOnce(Python<'_>) -> PyResult<T>) -> Result<T, DeviceError> {
-        Python::attach(work)
+        let here = || match lock(&self.evicted).is_empty() {
+            true => Ok(()),
+            false => Err(PyRuntimeError::new_err(
+                "the engine's state was moved off the device by offload_states(): call reload_states() first",
+            )),
+        };
+        Python::attach(|py| here().and_then(|()| work(py)))
             .map_err(|error| DeviceError { device: self.name.clone(), source: Box::new(error) })
     }
 

@@ -191,6 +191,27 @@ impl Ops {
         current.call_method1(py, intern!(py, "wait_stream"), (&streams[side as usize],)).map(drop)
     }
 
+    /// An event after what was queued beside the program's work; none where that is over when a call returns.
+    pub(crate) fn record(&self, py: Python<'_>, side: Side) -> PyResult<Option<Py<PyAny>>> {
+        let Some((_, streams)) = &self.streams else { return Ok(None) };
+        streams[side as usize].call_method0(py, intern!(py, "record_event")).map(Some)
+    }
+
+    /// What the program queues from here on comes after `event`.
+    pub(crate) fn wait_event(&self, py: Python<'_>, event: &Py<PyAny>) -> PyResult<()> {
+        let Some((module, _)) = &self.streams else { return Ok(()) };
+        let current = module.call_method1(py, intern!(py, "current_stream"), (&self.device,))?;
+        current.call_method1(py, intern!(py, "wait_event"), (event,)).map(drop)
+    }
+
+    /// Bytes that are free on an accelerator, where torch can tell.
+    pub(crate) fn free_memory(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let Some((module, _)) = &self.streams else { return Ok(None) };
+        let Some(asks) = module.bind(py).getattr_opt(intern!(py, "mem_get_info"))? else { return Ok(None) };
+        let (free, _total): (u64, u64) = asks.call1((&self.device,))?.extract()?;
+        Ok(Some(free))
+    }
+
     /// Waits until everything that was queued is over.
     pub(crate) fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
         let Some((module, _)) = &self.streams else { return Ok(()) };

@@ -11,6 +11,7 @@ use pyo3::{
 use super::{
     TorchDevice, UnitTensors,
     gradients::span_of,
+    lock,
     ops::{Flat, Side, Tensor},
 };
 use crate::{enter::enter, tensors::torch_dtype};
@@ -121,14 +122,26 @@ impl TorchDevice {
         Ok(())
     }
 
-    /// Fills `whole` (the unit's elements with padding) with everybody's shards of unit `number`. Collective.
+    /// Queues, beside the program's own work, that `whole` (the unit's elements with padding) is filled with everybody's
+    /// shards of unit `number`; [`wait_for_gathered`](Self::wait_for_gathered) comes before its first use. Collective.
     pub(crate) fn gather_unit(&self, py: Python<'_>, number: usize, whole: &Tensor<'_>) -> PyResult<()> {
         let tensors = self.unit(number)?;
         self.ops.beside(py, Side::Gather, || {
             let own = self.ops.here(tensors.weight.bind(py))?;
             self.gather_shards(py, &tensors.unit, "weights", &own, whole)
         })?;
-        self.ops.join(py, Side::Gather)
+        if let Some(event) = self.ops.record(py, Side::Gather)? {
+            lock(&self.gathered).insert(number, event);
+        }
+        Ok(())
+    }
+
+    /// What the program queues from here on sees unit `number` whole.
+    pub(crate) fn wait_for_gathered(&self, py: Python<'_>, number: usize) -> PyResult<()> {
+        match lock(&self.gathered).remove(&number) {
+            Some(event) => self.ops.wait_event(py, &event),
+            None => Ok(()),
+        }
     }
 
     /// Fills `whole` with the equally long shards of all ranks; `own`, this rank's, may be a part of it.

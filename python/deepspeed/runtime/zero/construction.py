@@ -128,7 +128,7 @@ class Init(contextlib.AbstractContextManager["Init"]):
                 self._sliced.adopt(parameter, name, self._dtype_for(parameter.dtype))
                 self._drafts.append(parameter)
             return
-        tensors = [(name, p.data, self._dtype_for(p.dtype)) for name, p in found]
+        tensors = [(name, p.data.cpu(), self._dtype_for(p.dtype)) for name, p in found]
         weights, addresses = _native.share_draft(self._group, tensors, self._folder)
         home = DraftHome(self._group, weights)
         for (_, parameter), (_, _, dtype), address in zip(found, tensors, addresses, strict=True):

@@ -76,7 +76,7 @@ class SlicedHome(Home):
         """Keeps this rank's part of rank 0's values, in `dtype`. Collective."""
         p: Any = parameter
         p.ds_name, p.ds_pins = name, 0
-        parameter.data = parameter.data.to(dtype).contiguous()
+        parameter.data = parameter.data.cpu().to(dtype).contiguous()
         mark_sharded(parameter, self)
         self._share(p, 0)
         self._release(p)

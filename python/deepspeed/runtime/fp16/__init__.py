@@ -1,0 +1,1 @@
+"""Loss scaling, by the names under which files of the original keep it."""
