@@ -14,6 +14,7 @@ from harness import run_command
 
 _ECHO = """#!/bin/sh
 printf '%s\\n' "$@"
+case $1 in --hostfile=*) cat "${1#--hostfile=}" ;; esac
 exit 7
 """
 
@@ -72,6 +73,23 @@ def test_launch_translates_world_info(interpreter: Path) -> None:
             "mine",
         ],
     )
+
+
+def test_launch_of_one_of_several_hosts(interpreter: Path) -> None:
+    world = base64.urlsafe_b64encode(json.dumps({"worker-1": [0, 2], "worker-2": [1]}).encode()).decode()
+    arguments = [f"--world_info={world}", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29501", "train.py"]
+    code, said = run(interpreter.parent, "launch", *arguments)
+    assert code == 7 and said[0].startswith("--hostfile=/dev/fd/")
+    assert said[1:] == [
+        "--include=worker-1:0,2@worker-2:1",
+        "--no_ssh",
+        "--node_rank=1",
+        "--master_addr=10.0.0.1",
+        "--master_port=29501",
+        "train.py",
+        "worker-1 slots=3",
+        "worker-2 slots=2",
+    ]
 
 
 def test_a_missing_command_says_how_to_get_it(tmp_path: Path) -> None:

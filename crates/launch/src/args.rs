@@ -65,7 +65,7 @@ pub struct LaunchArgs {
           value_parser = clap::value_parser!(u16).range(1..))]
     pub master_port: Option<u16>,
 
-    /// The address at which rank 0 awaits the others [default: 127.0.0.1]
+    /// The address at which rank 0 awaits the others [default: 127.0.0.1, on several hosts that of the first]
     #[arg(long = "master_addr", value_name = "ADDRESS", help_heading = heading::MEETING, default_value = "",
           hide_default_value = true)]
     pub master_addr: String,
@@ -112,11 +112,11 @@ pub struct LaunchArgs {
     #[arg(long = "dry_run", help_heading = heading::OUTPUT)]
     pub dry_run: bool,
 
-    /// How to reach the other hosts: pdsh, openmpi, mpich, impi, slurm, mvapich
+    /// How to reach the other hosts: ssh; not built yet: pdsh, openmpi, mpich, impi, slurm, mvapich [default: ssh]
     #[arg(long, value_name = "NAME", help_heading = heading::HOSTS)]
     pub launcher: Option<String>,
 
-    /// Further arguments for that program
+    /// Further arguments for that program, quoted as for a shell
     #[arg(long = "launcher_args", value_name = "ARGS", help_heading = heading::HOSTS, default_value = "",
           hide_default_value = true, allow_hyphen_values = true)]
     pub launcher_args: String,
@@ -126,11 +126,11 @@ pub struct LaunchArgs {
           hide_default_value = true, allow_negative_numbers = true)]
     pub node_rank: i64,
 
-    /// This command is started on every host by hand
+    /// This command is started on every host by hand: start this one's ranks only
     #[arg(long = "no_ssh", help_heading = heading::HOSTS)]
     pub no_ssh: bool,
 
-    /// Do not probe the first host before starting
+    /// Without effect: every host must answer before a rank starts
     #[arg(long = "no_ssh_check", help_heading = heading::HOSTS)]
     pub no_ssh_check: bool,
 
@@ -138,11 +138,11 @@ pub struct LaunchArgs {
     #[arg(long = "ssh_port", value_name = "PORT", help_heading = heading::HOSTS)]
     pub ssh_port: Option<u16>,
 
-    /// Treat a single host like several
+    /// Reach a single host of the hostfile like several, if it is not this machine
     #[arg(long = "force_multi", help_heading = heading::HOSTS)]
     pub force_multi: bool,
 
-    /// A script that activates the environment on the other hosts
+    /// A script that the hosts' shell sources first: the environment with their deepspeed
     #[arg(long = "venv_script", value_name = "FILE", help_heading = heading::HOSTS)]
     pub venv_script: Option<PathBuf>,
 

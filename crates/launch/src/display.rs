@@ -2,17 +2,105 @@
 
 use crate::cores::list_cores;
 use crate::filters::list_slots;
-use crate::plan::{LaunchPlan, SECRET_VARIABLE};
+use crate::hosts_plan::HostsPlan;
+use crate::plan::{Interpreter, LaunchPlan, Note, Plan, SECRET_VARIABLE};
+use crate::report::ranks;
 use crate::resources::Device;
+use crate::words::{join, quote};
 use std::ffi::OsStr;
 use std::fmt;
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", if self.warning { "warning" } else { "note" }, self.text)
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Plan::Here(plan) => plan.fmt(f),
+            Plan::Hosts(plan) => plan.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for HostsPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.summary())?;
+        self.notes.iter().try_for_each(|note| writeln!(f, "{note}"))?;
+        let Some(first) = self.parts.first() else { return Ok(()) };
+        writeln!(f, "\nevery rank gets, in the folder {}", quote(self.folder.as_os_str()))?;
+        for (name, value) in &first.env {
+            writeln!(f, "  {name}={}", quote(OsStr::new(value)))?;
+        }
+        writeln!(f, "  WORLD_SIZE={} CROSS_SIZE={}", self.world(), self.parts.len())?;
+        let (addr, port) = self.meeting();
+        writeln!(f, "  MASTER_ADDR={addr}\n  MASTER_PORT={port}")?;
+        writeln!(f, "  {SECRET_VARIABLE}=(random, new for each job; sent through the connection)")?;
+        writeln!(
+            f,
+            "  and what its host decides: CUDA_VISIBLE_DEVICES where it has GPUs, OMP_NUM_THREADS, cores"
+        )?;
+        for (part, connection) in self.parts.iter().zip(&self.connections) {
+            writeln!(f, "\nhost {}: slots {}", part.host, list_slots(&part.slots))?;
+            writeln!(f, "  {}", join(connection))?;
+            for local_rank in 0..part.slots.len() {
+                let rank = part.first_rank + local_rank;
+                let python =
+                    if part.program.interpreter == Interpreter::None { "" } else { "(the host's python) " };
+                writeln!(
+                    f,
+                    "  RANK={rank} LOCAL_RANK={local_rank} LOCAL_SIZE={} CROSS_RANK={}: {python}{}",
+                    part.slots.len(),
+                    part.node_rank,
+                    join(&part.program.words(local_rank))
+                )?;
+            }
+            if let Some(folder) = &part.rank_log_dir {
+                let last = part.first_rank + part.slots.len();
+                let list: Vec<usize> = (part.first_rank..last).collect();
+                writeln!(f, "  output of {} also in {} on this host", ranks(&list), folder.display())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl HostsPlan {
+    /// Where the ranks meet, in words.
+    fn meeting(&self) -> (String, String) {
+        let Some(first) = self.parts.first() else { return Default::default() };
+        let addr = match first.master_addr.as_str() {
+            "" => format!("(address of {}, as the hosts reach it)", first.host),
+            address => address.to_owned(),
+        };
+        let port = first.master_port.map_or_else(
+            || format!("(a free port of {}, chosen at the start)", first.host),
+            |port| port.to_string(),
+        );
+        (addr, port)
+    }
+
+    /// The plan in one line.
+    pub fn summary(&self) -> String {
+        let hosts: Vec<String> =
+            self.parts.iter().map(|part| format!("{} ({})", part.host, part.slots.len())).collect();
+        let count = hosts.len();
+        format!(
+            "{} ranks on {count} host{} by {}: {}",
+            self.world(),
+            if count == 1 { "" } else { "s" },
+            self.runner,
+            hosts.join(", ")
+        )
+    }
+}
 
 impl fmt::Display for LaunchPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.summary())?;
-        for note in &self.notes {
-            writeln!(f, "{}: {}", if note.warning { "warning" } else { "note" }, note.text)?;
-        }
+        self.notes.iter().try_for_each(|note| writeln!(f, "{note}"))?;
         writeln!(f, "\nevery rank gets")?;
         let Some(first) = self.ranks.first() else { return Ok(()) };
         let is_shared = |name: &String, value: &String| {
@@ -44,11 +132,7 @@ impl fmt::Display for LaunchPlan {
             for (name, value) in rank.env.iter().filter(|(name, value)| !is_shared(name, value)) {
                 write!(f, " {name}={}", quote(OsStr::new(value)))?;
             }
-            f.write_str("\n ")?;
-            for word in &rank.command {
-                write!(f, " {}", quote(word))?;
-            }
-            writeln!(f)?;
+            writeln!(f, "\n  {}", join(&rank.command))?;
         }
         Ok(())
     }
@@ -57,8 +141,8 @@ impl fmt::Display for LaunchPlan {
 impl LaunchPlan {
     /// The plan in one line: how many ranks, on what, meeting where.
     pub fn summary(&self) -> String {
-        let world = self.world_size();
-        let ranks = if world == 1 { "rank" } else { "ranks" };
+        let world = self.ranks.len();
+        let ranks = if self.world == 1 { "rank" } else { "ranks" };
         let slots = match self.device {
             Device::Gpu => {
                 format!("GPU{} {}", if self.slots.len() == 1 { "" } else { "s" }, list_slots(&self.slots))
@@ -66,17 +150,7 @@ impl LaunchPlan {
             Device::Cpu => format!("{} CPU core{}", self.cores, if self.cores == 1 { "" } else { "s" }),
         };
         let port = self.master_port.map_or_else(|| "(free port)".to_owned(), |port| port.to_string());
-        format!("{world} {ranks} on {} ({slots}), meeting at {}:{port}", self.host, self.master_addr)
-    }
-}
-
-/// A word as a shell would need it.
-pub(crate) fn quote(word: &OsStr) -> String {
-    let word = word.to_string_lossy();
-    let is_plain = |c: char| c.is_alphanumeric() || "_@%+=:,./-".contains(c);
-    if !word.is_empty() && word.chars().all(is_plain) {
-        word.into_owned()
-    } else {
-        format!("'{}'", word.replace('\'', r"'\''"))
+        let of = if world == self.world { String::new() } else { format!(" of {}", self.world) };
+        format!("{world}{of} {ranks} on {} ({slots}), meeting at {}:{port}", self.host, self.master_addr)
     }
 }

@@ -186,17 +186,83 @@ pub enum LaunchError {
         accelerator: String,
     },
 
-    /// More than one host.
+    /// `--no_ssh` on several hosts without this host's place among them.
     #[error(
-        "launching on more than one host is not built yet: {setting} leaves {} hosts ({}); choose one with \
-         --num_nodes=1 or --include={}",
-        hosts.len(), hosts.join(", "), hosts.first().map_or("HOST", String::as_str)
+        "--no_ssh starts the ranks of this host only, so --node_rank must say which of the {hosts} hosts it is (0 to {}); it \
+         is {given}", hosts - 1
     )]
-    MultiHost {
-        /// The setting that the hosts come from.
-        setting: String,
-        /// The hosts.
-        hosts: Vec<String>,
+    NodeRank {
+        /// The place given; -1 for none.
+        given: i64,
+        /// The number of hosts.
+        hosts: usize,
+    },
+
+    /// A host's name that could be mistaken for something else on its way to ssh.
+    #[error(
+        "the host '{host}' cannot be reached by ssh: a name has letters, digits and any of . - _ @ : % [ ], and does not \
+         begin with a dash"
+    )]
+    HostName {
+        /// The name.
+        host: String,
+    },
+
+    /// `--launcher_args` with a quote that does not end.
+    #[error("--launcher_args=`{text}`: the quote at column {column} does not end")]
+    LauncherArgs {
+        /// The whole text.
+        text: String,
+        /// Column in characters, from 1.
+        column: usize,
+    },
+
+    /// A program that the launcher needs is not installed.
+    #[error("launcher '{launcher}' not installed: no folder of PATH has `{program}`; {hint}")]
+    LauncherMissing {
+        /// The launcher.
+        launcher: &'static str,
+        /// Its program.
+        program: &'static str,
+        /// What to do.
+        hint: &'static str,
+    },
+
+    /// Hosts on which nothing could be started.
+    #[error("{}", list_problems(problems))]
+    Hosts {
+        /// Each host with what is wrong there.
+        problems: Vec<(String, String)>,
+    },
+
+    /// A slot that is no GPU of its host.
+    #[error("slot {slot} is no GPU of this host, which has {gpus} (slots 0 to {}); correct the hostfile", gpus.saturating_sub(1))]
+    SlotWithoutGpu {
+        /// The slot.
+        slot: u32,
+        /// The GPUs.
+        gpus: usize,
+    },
+
+    /// The folder to work in is not there.
+    #[error(
+        "the folder '{}', in which the job was started, cannot be entered: {source}; it must be there on every host",
+        folder.display()
+    )]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The user ended it before the ranks ran.
+    #[error("ended by {signal} before the ranks were started")]
+    Interrupted {
+        /// The signal's name.
+        signal: &'static str,
+        /// The exit code.
+        code: u8,
     },
 
     /// A setting that this version knows but cannot do.
@@ -339,4 +405,9 @@ pub enum LaunchError {
         /// Why.
         source: io::Error,
     },
+}
+
+fn list_problems(problems: &[(String, String)]) -> String {
+    let lines: Vec<String> = problems.iter().map(|(host, what)| format!("host {host}: {what}")).collect();
+    format!("nothing was started: {}", lines.join("\n  "))
 }

@@ -2,7 +2,7 @@
 
 use crate::error::LaunchError;
 use crate::nearest::nearest;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 
 /// One place for a rank on a host.
@@ -26,6 +26,19 @@ impl fmt::Display for Slot {
 impl Serialize for Slot {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Slot {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(Slot::named(&String::deserialize(deserializer)?))
+    }
+}
+
+impl Slot {
+    /// A slot as `CUDA_VISIBLE_DEVICES` names it: a number, or a unique id.
+    pub(crate) fn named(word: &str) -> Self {
+        word.parse().map_or_else(|_| Slot::Device(word.to_owned()), Slot::Index)
     }
 }
 

@@ -7,16 +7,22 @@
 //!        |                   |
 //!        +---- plan::resolve +              pure: counts, filters, variables, cores, command lines
 //!                 |
-//!             LaunchPlan  --- --dry_run ---> printed
+//!               Plan    --- --dry_run ---> printed
+//!              /     \
+//!       LaunchPlan   HostsPlan              this machine | a part for each host
+//!           |            |
+//!       preflight      hosts                the script is there, the port is free | connect, say hello, start
+//!           |            |   \
+//!       supervise        |   ssh ... agent  ranks on another host, tied to the connection
+//!        |    \          |            |
+//!        |   ranks       |          ranks   one process group for each rank
+//!        |               |
+//!       Merger, Watch, Tail                 pure: output line by line; when to end the job and whose fault it was
 //!                 |
-//!             preflight                     the script is there, the port is free
-//!                 |
-//!             supervise                     one process group for each rank, one poll loop
-//!               |    \
-//!            Merger   Watch                 pure: output line by line; when to end the job and whose fault it was
-//!                       |
-//!                 FailureReport             one report, the exit code of the first failure
+//!           FailureReport                   one report, the exit code of the first failure
 //! ```
+//!
+//! A job on one host takes the left way only: no agent, no connection, no further process.
 //!
 //! What a rank finds in its environment, on top of the launcher's own:
 //!
@@ -30,6 +36,7 @@
 //! | `OMP_NUM_THREADS` | its share of the cores, at least 1, unless it is set already |
 //! | `DS_JOB_SECRET` | a random value by which the ranks of one job know each other |
 //! | names of `.deepspeed_env` | as that file says |
+//! | `NCCL*`, `PYTHON*`, ... | on several hosts: those of the launcher ([`HostsPlan`]) |
 //!
 //! Differences from the original launcher, each on purpose: a port that is not given is a free one; `--num_gpus` counts within
 //! `CUDA_VISIBLE_DEVICES` instead of setting it aside; `.deepspeed_env` holds on one host too; a per-rank log is written beside the
@@ -37,7 +44,9 @@
 
 #![deny(unsafe_code)]
 
+mod agent;
 mod args;
+mod connection;
 mod console;
 mod cores;
 mod descendants;
@@ -46,31 +55,45 @@ mod env_file;
 mod error;
 mod evidence;
 mod filters;
+mod frame;
 mod guard;
+mod host_part;
 mod hostfile;
+mod hosts;
+mod hosts_plan;
 mod inbox;
 mod logs;
+mod meeting;
 mod merge;
+mod message;
 mod nearest;
 mod pid_file;
 mod plan;
 mod port;
 mod preflight;
 mod pty;
+mod ranks;
 mod report;
 mod resources;
+mod runner;
+mod secret;
 mod signals;
 mod spawn;
+mod ssh_error;
 mod supervise;
 mod surroundings;
 mod tail;
 mod watch;
+mod words;
 
 pub use args::{DEFAULT_HOSTFILE, LaunchArgs, LogLevel};
 pub use error::LaunchError;
 pub use filters::{Direction, HostFilter, HostSlots, Slot};
-pub use plan::{Interpreter, LaunchPlan, Note, RankPlan, SECRET_VARIABLE, resolve};
+pub use host_part::{HostPart, Program};
+pub use hosts_plan::{AGENT_COMMAND, HostsPlan};
+pub use plan::{Interpreter, LaunchPlan, Note, Plan, RankPlan, SECRET_VARIABLE, resolve};
 pub use resources::Device;
+pub use runner::Runner;
 pub use surroundings::Surroundings;
 
 use clap::{CommandFactory, Parser};
@@ -107,13 +130,31 @@ fn main_from_parsed(args: &LaunchArgs) -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             console.error(&error.to_string());
-            ExitCode::from(USAGE)
+            match error {
+                LaunchError::Interrupted { code, .. } => ExitCode::from(code),
+                // Not the command line's fault.
+                LaunchError::Hosts { .. } => ExitCode::FAILURE,
+                _ => ExitCode::from(USAGE),
+            }
+        }
+    }
+}
+
+/// The hidden command [`AGENT_COMMAND`]: the launcher's hands on another host, with the connection as input and output.
+///
+/// Must be called on the main thread, as [`main_from_args`].
+pub fn agent_main() -> ExitCode {
+    match agent::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            Console::new(LogLevel::Error).error(&error.to_string());
+            ExitCode::FAILURE
         }
     }
 }
 
 fn launch(args: &LaunchArgs, console: &Console) -> Result<u8, LaunchError> {
-    let mut plan = resolve(args, &Surroundings::read(args)?)?;
+    let plan = resolve(args, &Surroundings::read(args)?)?;
     if args.dry_run {
         let text = plan.to_string();
         return match io::stdout().lock().write_all(text.as_bytes()) {
@@ -121,16 +162,31 @@ fn launch(args: &LaunchArgs, console: &Console) -> Result<u8, LaunchError> {
             Err(source) => Err(LaunchError::File { what: "the plan cannot be printed", source }),
         };
     }
-    for note in &plan.notes {
+    let notes = match &plan {
+        Plan::Here(plan) => &plan.notes,
+        Plan::Hosts(plan) => &plan.notes,
+    };
+    for note in notes {
         if note.warning {
             console.warn(&note.text);
         } else {
             console.info(&note.text);
         }
     }
-    preflight::check(&mut plan)?;
-    let _pid_file = args.save_pid.then(pid_file::PidFile::write).transpose()?;
-    console.info(&plan.summary());
-    console.debug(&plan.to_string());
-    supervise::run(&plan, console)
+    let _pid_file;
+    match plan {
+        Plan::Here(mut plan) => {
+            preflight::check(&mut plan)?;
+            _pid_file = args.save_pid.then(pid_file::PidFile::write).transpose()?;
+            console.info(&plan.summary());
+            console.debug(&plan.to_string());
+            supervise::run(&plan, console)
+        }
+        Plan::Hosts(plan) => {
+            _pid_file = args.save_pid.then(pid_file::PidFile::write).transpose()?;
+            console.info(&plan.summary());
+            console.debug(&plan.to_string());
+            hosts::run(plan, console)
+        }
+    }
 }

@@ -7,12 +7,16 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Creates the folder and a file for each rank.
-pub(crate) fn create(folder: &Path, world: usize, now: SystemTime) -> Result<Vec<File>, LaunchError> {
+pub(crate) fn create(
+    folder: &Path,
+    ranks: impl Iterator<Item = usize>,
+    now: SystemTime,
+) -> Result<Vec<File>, LaunchError> {
     let error =
         |source| LaunchError::File { what: "--enable_each_rank_log: the logs cannot be written", source };
     fs::create_dir_all(folder).map_err(error)?;
     let time = stamp(now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()));
-    (0..world).map(|rank| File::create(path(folder, &time, rank)).map_err(error)).collect()
+    ranks.map(|rank| File::create(path(folder, &time, rank)).map_err(error)).collect()
 }
 
 fn path(folder: &Path, time: &str, rank: usize) -> PathBuf {

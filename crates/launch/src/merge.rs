@@ -33,6 +33,8 @@ pub(crate) type Output = (Stream, Vec<u8>);
 /// Merges the outputs of the ranks.
 #[derive(Debug)]
 pub(crate) struct Merger {
+    /// The rank of the first one, who speaks for the job here.
+    first: usize,
     world: usize,
     terminal: [bool; 2],
     /// What each rank has begun and not ended, for stdout and stderr.
@@ -44,9 +46,11 @@ pub(crate) struct Merger {
 }
 
 impl Merger {
-    /// Begins; `terminal` says for stdout and stderr whether they are one.
-    pub(crate) fn new(world: usize, terminal: [bool; 2]) -> Self {
+    /// Begins with `world` ranks from `first` on, which are counted from 0 here; `terminal` says for stdout and stderr whether they are
+    /// one.
+    pub(crate) fn new(first: usize, world: usize, terminal: [bool; 2]) -> Self {
         Self {
+            first,
             world,
             terminal,
             pending: vec![Default::default(); world],
@@ -173,6 +177,7 @@ impl Merger {
     /// One line of another rank, placed so that it does not land inside a line of rank 0.
     fn prefixed(&mut self, rank: usize, stream: Stream, line: &[u8]) -> Vec<Output> {
         let line = last_state(line);
+        let rank = self.first + rank;
         // torch begins each line of a traceback with `[rank1]: `; once is enough.
         let line = line.strip_prefix(format!("[rank{rank}]: ").as_bytes()).unwrap_or(line);
         let screen = self.screen(stream);
@@ -213,14 +218,14 @@ mod tests {
 
     #[test]
     fn a_world_of_one_passes_every_byte() {
-        let mut merger = Merger::new(1, [true, true]);
+        let mut merger = Merger::new(0, 1, [true, true]);
         assert_eq!(text(merger.push(T0, 0, Stdout, b"a")), "a");
         assert_eq!(text(merger.push(T0, 0, Stderr, b"\rb")), "\rb");
     }
 
     #[test]
     fn others_come_in_whole_lines_with_a_prefix() {
-        let mut merger = Merger::new(2, [false, false]);
+        let mut merger = Merger::new(0, 2, [false, false]);
         assert_eq!(text(merger.push(T0, 1, Stdout, b"lo")), "");
         assert_eq!(text(merger.push(T0, 1, Stdout, b"ss 1\nnext\nth")), "[rank 1] loss 1\n[rank 1] next\n");
         assert_eq!(text(merger.push(T0, 0, Stdout, b"mine\n")), "mine\n");
@@ -234,7 +239,7 @@ mod tests {
 
     #[test]
     fn the_line_end_that_comes_by_itself_is_waited_for() {
-        let mut merger = Merger::new(2, [false, false]);
+        let mut merger = Merger::new(0, 2, [false, false]);
         assert_eq!(text(merger.push(T0, 0, Stdout, b"hello")), "");
         assert_eq!(merger.deadline(), Some(HOLD));
         assert_eq!(text(merger.push(T0, 1, Stdout, b"x\n")), "[rank 1] x\n");
@@ -244,7 +249,7 @@ mod tests {
 
     #[test]
     fn a_prompt_is_shown_after_a_moment() {
-        let mut merger = Merger::new(2, [false, false]);
+        let mut merger = Merger::new(0, 2, [false, false]);
         merger.push(T0, 0, Stdout, b"name? ");
         assert_eq!(text(merger.tick(HOLD / 2)), "");
         assert_eq!(text(merger.tick(HOLD)), "name? ");
@@ -254,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_bar_on_a_terminal_is_drawn_again_below() {
-        let mut merger = Merger::new(2, [true, true]);
+        let mut merger = Merger::new(0, 2, [true, true]);
         assert_eq!(text(merger.push(T0, 0, Stderr, b"\r10%")), "\r10%");
         assert_eq!(text(merger.push(T0, 0, Stderr, b"\r20%")), "\r20%");
         assert_eq!(text(merger.push(T0, 1, Stdout, b"x\n")), "\r\x1b[K[rank 1] x\n\r20%");
@@ -263,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_bar_elsewhere_is_ended_first() {
-        let mut merger = Merger::new(2, [false, false]);
+        let mut merger = Merger::new(0, 2, [false, false]);
         merger.push(T0, 0, Stderr, b"\r10%");
         assert_eq!(text(merger.push(T0, 1, Stdout, b"x\n")), "[rank 1] x\n");
         assert_eq!(text(merger.push(T0, 1, Stderr, b"y\n")), "\n[rank 1] y\n");
@@ -273,7 +278,7 @@ mod tests {
         /// No byte of any rank is lost or invented, whatever the pieces in which they come.
         #[test]
         fn nothing_is_lost(pieces in prop::collection::vec((0usize..3, "[ab\n]{0,6}", 0u64..60), 0..30)) {
-            let mut merger = Merger::new(3, [false, false]);
+            let mut merger = Merger::new(0, 3, [false, false]);
             let mut sent = vec![String::new(); 3];
             let mut seen = String::new();
             let mut now = T0;

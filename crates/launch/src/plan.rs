@@ -1,22 +1,40 @@
-//! From arguments and surroundings to a [`LaunchPlan`]: which ranks run what, where, with which environment.
+//! From arguments and surroundings to a [`Plan`]: which ranks run what, where, with which environment.
 //!
-//! A pure function: nothing is read, probed or started here, so a plan can be printed and tested as a value. What is left to
+//! ```text
+//!   resolve(arguments, surroundings) --- one host ------> on_host(part, surroundings) = LaunchPlan
+//!                                    \-- several hosts --> HostsPlan: a part for each host
+//!                                                              each agent: on_host(part, its surroundings) = LaunchPlan
+//! ```
+//!
+//! Pure functions: nothing is read, probed or started here, so a plan can be printed and tested as a value. What is left to
 //! the start of the job: a free port where none is given, the job's secret, and the names of the log files.
 
 use crate::args::LaunchArgs;
 use crate::cores;
 use crate::env_file;
 use crate::error::LaunchError;
-use crate::filters::Slot;
-use crate::resources::{self, Device};
+use crate::filters::{HostSlots, Slot};
+use crate::host_part::{HostPart, Program};
+use crate::hosts_plan::{self, HostsPlan};
+use crate::resources::{self, Device, Resources};
 use crate::surroundings::Surroundings;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+/// What is going to be started, here or on several hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Plan {
+    /// Ranks of this machine only, started by this process.
+    Here(LaunchPlan),
+    /// A part for each host, started by an agent there.
+    Hosts(HostsPlan),
+}
+
 /// Variables that the launcher itself sets for each rank; an environment file cannot change them.
-const OWN_VARIABLES: [&str; 10] = [
+pub(crate) const OWN_VARIABLES: [&str; 10] = [
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -28,6 +46,9 @@ const OWN_VARIABLES: [&str; 10] = [
     "CUDA_VISIBLE_DEVICES",
     SECRET_VARIABLE,
 ];
+
+/// The port where none is given and none can be agreed on: that of the original.
+const DEFAULT_PORT: u16 = 29500;
 
 /// The variable that carries the job's secret: 32 random bytes in hexadecimal, new for each job, by which the ranks of a job know
 /// each other. It travels by environment only and is in no plan and no command line.
@@ -42,6 +63,8 @@ pub struct LaunchPlan {
     pub device: Device,
     /// The slots in use; local rank `i` has `slots[i]`.
     pub slots: Vec<Slot>,
+    /// The number of ranks in the job; more than are here where `--no_ssh` starts the others by hand.
+    pub world: usize,
     /// Cores that this process may keep busy.
     pub cores: usize,
     /// Where rank 0 awaits the others.
@@ -62,7 +85,7 @@ pub struct LaunchPlan {
 }
 
 /// How the user's script is run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Interpreter {
     /// `python -u script`.
@@ -119,9 +142,9 @@ fn lossy_list<S: Serializer>(words: &[OsString], serializer: S) -> Result<S::Ok,
 }
 
 impl LaunchPlan {
-    /// The number of ranks in the job.
-    pub fn world_size(&self) -> usize {
-        self.ranks.len()
+    /// The first of its ranks.
+    pub(crate) fn first_rank(&self) -> usize {
+        self.ranks.first().map_or(0, |rank| rank.rank)
     }
 
     /// Fixes the port on which rank 0 awaits the others, where the user has given none.
@@ -136,8 +159,8 @@ impl LaunchPlan {
 /// Resolves the arguments into a plan.
 ///
 /// # Errors
-/// Arguments that contradict each other or the machine, a bad hostfile, more than one host.
-pub fn resolve(args: &LaunchArgs, surroundings: &Surroundings) -> Result<LaunchPlan, LaunchError> {
+/// Arguments that contradict each other or the machine, a bad hostfile, a setting that is not built.
+pub fn resolve(args: &LaunchArgs, surroundings: &Surroundings) -> Result<Plan, LaunchError> {
     let mut notes = Vec::new();
     let interpreter = match (args.module, args.no_python) {
         (true, true) => return Err(LaunchError::ModuleWithoutPython),
@@ -146,29 +169,96 @@ pub fn resolve(args: &LaunchArgs, surroundings: &Surroundings) -> Result<LaunchP
         (false, false) => Interpreter::Script,
     };
     check_autotuning(&args.autotuning)?;
-    let local = resources::resolve(args, surroundings, &mut notes)?;
-    let world = local.slots.len();
-    let bound = bind_cores(args, surroundings, world, &mut notes)?;
-
-    let mut shared = file_variables(surroundings, &mut notes);
-    let mut set = |name: &str, value: String| shared.insert(name.to_owned(), value);
-    set("WORLD_SIZE", world.to_string());
-    set("LOCAL_SIZE", world.to_string());
-    set("CROSS_RANK", "0".to_owned());
-    set("CROSS_SIZE", "1".to_owned());
-    let master_addr = match args.master_addr.trim() {
-        "" => "127.0.0.1".to_owned(),
-        address => address.to_owned(),
+    if let Some(text) = &args.bind_core_list {
+        cores::parse_list(text)?;
+        if !args.bind_cores_to_rank {
+            notes.push(Note::info("--bind_core_list has no effect without --bind_cores_to_rank"));
+        }
+    }
+    let resources = resources::resolve(args, surroundings, &mut notes)?;
+    let program = Program {
+        interpreter,
+        script: args.script().clone(),
+        args: args.script_args().to_vec(),
+        local_rank: !args.no_local_rank,
     };
-    set("MASTER_ADDR", master_addr.clone());
-    if let Some(port) = args.master_port {
+    let parts = |hosts: &[HostSlots], env: &BTreeMap<String, String>| -> Vec<HostPart> {
+        let world = hosts.iter().map(|host| host.slots.len()).sum();
+        let mut first_rank = 0;
+        hosts
+            .iter()
+            .enumerate()
+            .map(|(node_rank, host)| {
+                let part = HostPart {
+                    host: host.host.clone(),
+                    node_rank,
+                    nodes: hosts.len(),
+                    first_rank,
+                    world,
+                    slots: host.slots.clone(),
+                    master_addr: args.master_addr.trim().to_owned(),
+                    master_port: args.master_port,
+                    program: program.clone(),
+                    env: env.clone(),
+                    bind_cores: args.bind_cores_to_rank,
+                    core_list: args.bind_core_list.clone(),
+                    rank_log_dir: args.rank_log_dir().cloned(),
+                };
+                first_rank += part.slots.len();
+                part
+            })
+            .collect()
+    };
+    let env = file_variables(surroundings, &mut notes);
+    match resources {
+        Resources::Here { hosts, at, device } => {
+            let mut part = parts(&hosts, &env).swap_remove(at);
+            if part.master_addr.is_empty() {
+                part.master_addr =
+                    if part.nodes > 1 { hosts[0].host.clone() } else { "127.0.0.1".to_owned() };
+            }
+            if part.nodes > 1 && part.master_port.is_none() {
+                part.master_port = Some(DEFAULT_PORT);
+                notes.push(Note::info(format!(
+                    "with --no_ssh every host must be told the same --master_port; it is {DEFAULT_PORT} as none is given"
+                )));
+            }
+            on_host(&part, surroundings, device, notes).map(Plan::Here)
+        }
+        Resources::Hosts(hosts) => {
+            let env = hosts_plan::environment(args, surroundings, env, &mut notes);
+            hosts_plan::resolve(args, surroundings, parts(&hosts, &env), notes).map(Plan::Hosts)
+        }
+    }
+}
+
+/// The plan of one host for its part of the job, in view of what the host has.
+///
+/// # Errors
+/// Slots, cores or a python that the host does not have.
+pub(crate) fn on_host(
+    part: &HostPart,
+    surroundings: &Surroundings,
+    device: Device,
+    mut notes: Vec<Note>,
+) -> Result<LaunchPlan, LaunchError> {
+    let local_size = part.slots.len();
+    let bound = bind_cores(part, surroundings, &mut notes)?;
+    let mut shared = part.env.clone();
+    let mut set = |name: &str, value: String| shared.insert(name.to_owned(), value);
+    set("WORLD_SIZE", part.world.to_string());
+    set("LOCAL_SIZE", local_size.to_string());
+    set("CROSS_RANK", part.node_rank.to_string());
+    set("CROSS_SIZE", part.nodes.to_string());
+    set("MASTER_ADDR", part.master_addr.clone());
+    if let Some(port) = part.master_port {
         set("MASTER_PORT", port.to_string());
     }
-    if local.device == Device::Gpu {
-        let list: Vec<String> = local.slots.iter().map(Slot::to_string).collect();
+    if device == Device::Gpu {
+        let list: Vec<String> = part.slots.iter().map(Slot::to_string).collect();
         set("CUDA_VISIBLE_DEVICES", list.join(","));
     }
-    if interpreter == Interpreter::None {
+    if part.program.interpreter == Interpreter::None {
         set("PYTHONUNBUFFERED", "1".to_owned());
     }
     if let Some(bound) = &bound {
@@ -176,60 +266,54 @@ pub fn resolve(args: &LaunchArgs, surroundings: &Surroundings) -> Result<LaunchP
     } else if surroundings.omp_num_threads.is_none() {
         shared
             .entry("OMP_NUM_THREADS".to_owned())
-            .or_insert_with(|| (surroundings.cores / world).max(1).to_string());
+            .or_insert_with(|| (surroundings.cores / local_size).max(1).to_string());
     }
 
-    let ranks = (0..world)
-        .map(|rank| {
+    let ranks = (0..local_size)
+        .map(|local_rank| {
+            let rank = part.first_rank + local_rank;
             let mut env = shared.clone();
             env.insert("RANK".to_owned(), rank.to_string());
-            env.insert("LOCAL_RANK".to_owned(), rank.to_string());
+            env.insert("LOCAL_RANK".to_owned(), local_rank.to_string());
             Ok(RankPlan {
                 rank,
-                local_rank: rank,
-                command: command(args, surroundings, interpreter, rank)?,
+                local_rank,
+                command: command(&part.program, surroundings, local_rank)?,
                 env,
-                cores: bound.as_ref().map(|bound| bound[rank].clone()),
+                cores: bound.as_ref().map(|bound| bound[local_rank].clone()),
             })
         })
         .collect::<Result<Vec<RankPlan>, LaunchError>>()?;
     Ok(LaunchPlan {
-        host: local.host,
-        device: local.device,
-        slots: local.slots,
+        host: part.host.clone(),
+        device,
+        slots: part.slots.clone(),
+        world: part.world,
         cores: surroundings.cores,
-        master_addr,
-        master_port: args.master_port,
-        script: args.script().clone(),
-        interpreter,
+        master_addr: part.master_addr.clone(),
+        master_port: part.master_port,
+        script: part.program.script.clone(),
+        interpreter: part.program.interpreter,
         ranks,
-        rank_log_dir: args.rank_log_dir().cloned(),
+        rank_log_dir: part.rank_log_dir.clone(),
         notes,
     })
 }
 
 /// The words of one rank's command line.
 fn command(
-    args: &LaunchArgs,
+    program: &Program,
     surroundings: &Surroundings,
-    interpreter: Interpreter,
     local_rank: usize,
 ) -> Result<Vec<OsString>, LaunchError> {
     let mut words: Vec<OsString> = Vec::new();
-    if interpreter != Interpreter::None {
+    if program.interpreter != Interpreter::None {
         let python = surroundings.python.as_ref().ok_or_else(|| LaunchError::PythonMissing {
             virtual_env: surroundings.virtual_env.clone().unwrap_or_else(|| "not set".to_owned()),
         })?;
-        words.extend([python.clone().into_os_string(), "-u".into()]);
+        words.push(python.clone().into_os_string());
     }
-    if interpreter == Interpreter::Module {
-        words.push("-m".into());
-    }
-    words.push(args.script().clone());
-    if !args.no_local_rank {
-        words.push(format!("--local_rank={local_rank}").into());
-    }
-    words.extend(args.script_args().iter().cloned());
+    words.extend(program.words(local_rank));
     Ok(words)
 }
 
@@ -252,21 +336,17 @@ fn check_autotuning(value: &str) -> Result<(), LaunchError> {
 
 /// The cores of each rank, where they are to be bound.
 fn bind_cores(
-    args: &LaunchArgs,
+    part: &HostPart,
     surroundings: &Surroundings,
-    world: usize,
     notes: &mut Vec<Note>,
 ) -> Result<Option<Vec<Vec<usize>>>, LaunchError> {
-    let listed = match &args.bind_core_list {
+    if !part.bind_cores {
+        return Ok(None);
+    }
+    let listed = match &part.core_list {
         None => None,
         Some(text) => Some((text, cores::parse_list(text)?)),
     };
-    if !args.bind_cores_to_rank {
-        if listed.is_some() {
-            notes.push(Note::info("--bind_core_list has no effect without --bind_cores_to_rank"));
-        }
-        return Ok(None);
-    }
     if let Some(value) = &surroundings.kmp_affinity {
         return Err(LaunchError::KmpAffinity { value: value.clone() });
     }
@@ -285,10 +365,10 @@ fn bind_cores(
             ("of --bind_core_list", list)
         }
     };
-    let shares = cores::share_out(&pool, world).ok_or(LaunchError::TooFewCores {
+    let shares = cores::share_out(&pool, part.slots.len()).ok_or(LaunchError::TooFewCores {
         cores: pool.len(),
         which,
-        ranks: world,
+        ranks: part.slots.len(),
     })?;
     let unused = pool.len() - shares.len() * shares[0].len();
     if unused > 0 {

@@ -13,6 +13,23 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// A missing script or program, with the nearest name; a port in use.
 pub(crate) fn check(plan: &mut LaunchPlan) -> Result<(), LaunchError> {
+    check_script(plan)?;
+    // With `--no_ssh` only the host of rank 0 can tell whether the port is free.
+    match plan.master_port {
+        Some(port) if plan.first_rank() == 0 => port::check_free(port),
+        Some(_) => Ok(()),
+        None => {
+            plan.meet_at(port::choose_free()?);
+            Ok(())
+        }
+    }
+}
+
+/// Checks that there is something to run.
+///
+/// # Errors
+/// A missing script or program, with the nearest name.
+pub(crate) fn check_script(plan: &LaunchPlan) -> Result<(), LaunchError> {
     let script = Path::new(&plan.script);
     match plan.interpreter {
         Interpreter::Script if !script.exists() => {
@@ -25,13 +42,7 @@ pub(crate) fn check(plan: &mut LaunchPlan) -> Result<(), LaunchError> {
         Interpreter::Script | Interpreter::Module => {}
         Interpreter::None => check_program(script)?,
     }
-    match plan.master_port {
-        Some(port) => port::check_free(port),
-        None => {
-            plan.meet_at(port::choose_free()?);
-            Ok(())
-        }
-    }
+    Ok(())
 }
 
 /// With `--no_python` the script must itself be executable; without a slash it is looked for on `PATH`.

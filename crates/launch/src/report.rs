@@ -1,6 +1,7 @@
 //! The launcher's last words after a failure: one report that says who failed first, how, why, and where to read on.
 
 use crate::signals::Ending;
+use crate::watch::{RankState, Watch};
 use std::fmt::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -38,15 +39,28 @@ pub(crate) struct FailureReport {
 
 impl fmt::Display for FailureReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "deepspeed: rank {} failed: {}", self.rank, self.ending.words())?;
-        writeln!(f, "  where:     host {}, process {}, after {}", self.host, self.pid, seconds(self.after))?;
+        if self.ending == Ending::HostLost {
+            let mut lost = self.same.clone();
+            lost.insert(0, self.rank);
+            writeln!(f, "deepspeed: host {} failed: it was lost after {}", self.host, seconds(self.after))?;
+            writeln!(f, "  with it:   {}", ranks(&lost))?;
+        } else {
+            writeln!(f, "deepspeed: rank {} failed: {}", self.rank, self.ending.words())?;
+            writeln!(
+                f,
+                "  where:     host {}, process {}, after {}",
+                self.host,
+                self.pid,
+                seconds(self.after)
+            )?;
+        }
         if let Some(meaning) = self.ending.meaning() {
             writeln!(f, "  meaning:   {meaning}")?;
         }
         if let Some(evidence) = &self.evidence {
             writeln!(f, "  evidence:  {evidence}")?;
         }
-        if !self.same.is_empty() {
+        if !self.same.is_empty() && self.ending != Ending::HostLost {
             writeln!(f, "  same end:  {} failed with the same last lines", ranks(&self.same))?;
         }
         for (rank, ending, line) in &self.also {
@@ -75,6 +89,66 @@ impl fmt::Display for FailureReport {
         }
         Ok(())
     }
+}
+
+/// What is known of one rank.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct RankFacts {
+    /// Its host.
+    pub(crate) host: String,
+    /// Its process.
+    pub(crate) pid: i32,
+    /// The last lines of its stderr.
+    pub(crate) last_lines: Vec<String>,
+    /// What the kernel says, where it was killed.
+    pub(crate) evidence: Option<String>,
+    /// Its log file.
+    pub(crate) log: Option<PathBuf>,
+}
+
+/// The report on a job that failed because of the rank `cause`. The watch counts ranks from 0; the first has the rank `first`.
+pub(crate) fn compose(
+    watch: &Watch,
+    first: usize,
+    (cause, ending): (usize, Ending),
+    exit_code: u8,
+    facts: impl Fn(usize) -> RankFacts,
+) -> FailureReport {
+    let of_cause = facts(cause);
+    let mut report = FailureReport {
+        rank: first + cause,
+        host: of_cause.host,
+        pid: of_cause.pid,
+        ending,
+        after: watch.failed_at(cause),
+        evidence: of_cause.evidence,
+        last_lines: of_cause.last_lines,
+        same: Vec::new(),
+        also: Vec::new(),
+        torn_down: Vec::new(),
+        finished: Vec::new(),
+        log: of_cause.log,
+        exit_code,
+    };
+    for (index, state) in watch.ranks().iter().enumerate().filter(|(index, _)| *index != cause) {
+        let rank = first + index;
+        match *state {
+            RankState::Ended { ending, .. } if ending.is_success() => report.finished.push(rank),
+            RankState::Ended { ending: Ending::HostLost, .. } if ending == Ending::HostLost => {
+                report.same.push(rank);
+            }
+            RankState::Ended { ending, .. } => {
+                let lines = facts(index).last_lines;
+                if report.ending != Ending::HostLost && is_same_end(&report.last_lines, &lines) {
+                    report.same.push(rank);
+                } else {
+                    report.also.push((rank, ending, lines.last().cloned().unwrap_or_default()));
+                }
+            }
+            RankState::TornDown { .. } | RankState::Running => report.torn_down.push(rank),
+        }
+    }
+    report
 }
 
 /// `40 ms`, `1.2 s`, `3 min 5 s`, `2 h 10 min`.

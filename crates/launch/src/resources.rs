@@ -4,17 +4,14 @@ use crate::args::{DEFAULT_HOSTFILE, LaunchArgs};
 use crate::error::LaunchError;
 use crate::filters::{self, Direction, HostSlots, Slot, list_slots};
 use crate::hostfile;
-use crate::nearest::nearest;
 use crate::plan::Note;
+use crate::runner;
 use crate::surroundings::Surroundings;
 use serde::Serialize;
 use std::path::Path;
 
 /// The name of this machine where no hostfile names it.
 const LOCAL: &str = "localhost";
-
-/// Programs that reach several hosts, by the names that `--launcher` takes.
-const LAUNCHERS: [&str; 6] = ["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"];
 
 /// What a slot stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -26,12 +23,13 @@ pub enum Device {
     Cpu,
 }
 
-/// The slots of this host.
+/// Where the ranks go.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct LocalSlots {
-    pub(crate) host: String,
-    pub(crate) device: Device,
-    pub(crate) slots: Vec<Slot>,
+pub(crate) enum Resources {
+    /// To this machine, which is `hosts[at]`; the other hosts, if any, are started by hand.
+    Here { hosts: Vec<HostSlots>, at: usize, device: Device },
+    /// To hosts that agents start them on.
+    Hosts(Vec<HostSlots>),
 }
 
 /// Applies every setting that chooses hosts and slots.
@@ -39,20 +37,18 @@ pub(crate) fn resolve(
     args: &LaunchArgs,
     surroundings: &Surroundings,
     notes: &mut Vec<Note>,
-) -> Result<LocalSlots, LaunchError> {
+) -> Result<Resources, LaunchError> {
     check_contradictions(args)?;
-    let device = device(surroundings, notes)?;
+    let mut local_notes = Vec::new();
+    // Where the ranks run on other hosts it does not matter what this one has.
+    let local = device(surroundings, &mut local_notes);
+    let has_gpus = matches!(local, Ok(Device::Gpu));
     let (place, hosts) = match &surroundings.hostfile {
         Some((path, text)) => {
             let hosts = hostfile::parse(text, path)?
                 .into_iter()
                 .map(|entry| HostSlots { host: entry.host, slots: indices(entry.slots as usize) })
                 .collect();
-            if device == Device::Gpu && surroundings.visible_devices.is_some() {
-                notes.push(Note::info(
-                    "CUDA_VISIBLE_DEVICES is set aside: the hostfile says which GPUs to use",
-                ));
-            }
             (format!("hostfile {}", path.display()), hosts)
         }
         None => {
@@ -60,28 +56,59 @@ pub(crate) fn resolve(
                 let path = args.hostfile.display();
                 notes.push(Note::warning(format!("hostfile {path} does not exist: using this machine only")));
             }
-            let hosts = vec![HostSlots {
-                host: LOCAL.to_owned(),
-                slots: local_slots(args, surroundings, device, notes),
-            }];
+            notes.append(&mut local_notes);
+            // That no GPU is found where one is demanded is said below.
+            let device = if has_gpus { Device::Gpu } else { Device::Cpu };
+            let slots = local_slots(args, surroundings, device, notes);
+            let hosts = vec![HostSlots { host: LOCAL.to_owned(), slots }];
             ("the local resources (no hostfile is in use)".to_owned(), hosts)
         }
     };
     let hosts = filter(args, &hosts, &place)?;
-    let hosts = count(args, surroundings, hosts, device, &place)?;
-    let [host] = hosts.as_slice() else {
-        let hosts = hosts.into_iter().map(|host| host.host).collect();
-        return Err(LaunchError::MultiHost { setting: place, hosts });
+    let hosts = count(args, surroundings, hosts, has_gpus, &place)?;
+    let several = hosts.len() > 1 || (args.force_multi && !is_here(&hosts[0].host, surroundings));
+    if several && !args.no_ssh {
+        return Ok(Resources::Hosts(hosts));
+    }
+    let device = local?;
+    notes.append(&mut local_notes);
+    if surroundings.hostfile.is_some() && device == Device::Gpu && surroundings.visible_devices.is_some() {
+        notes.push(Note::info("CUDA_VISIBLE_DEVICES is set aside: the hostfile says which GPUs to use"));
+    }
+    let at = if hosts.len() == 1 {
+        check_single_host(args, surroundings, &hosts[0].host, notes);
+        0
+    } else {
+        by_hand(args, hosts.len(), notes)?
     };
-    check_single_host(args, surroundings, &host.host, notes)?;
-    if device == Device::Cpu && host.slots.len() > surroundings.cores {
-        let (ranks, cores) = (host.slots.len(), surroundings.cores);
+    let ranks = hosts[at].slots.len();
+    if device == Device::Cpu && ranks > surroundings.cores {
+        let cores = surroundings.cores;
         notes.push(Note::info(format!(
             "{ranks} ranks share {cores} CPU core{}",
             if cores == 1 { "" } else { "s" }
         )));
     }
-    Ok(LocalSlots { host: host.host.clone(), device, slots: host.slots.clone() })
+    Ok(Resources::Here { hosts, at, device })
+}
+
+/// The place of this host among several that are started by hand.
+fn by_hand(args: &LaunchArgs, hosts: usize, notes: &mut Vec<Note>) -> Result<usize, LaunchError> {
+    let at = usize::try_from(args.node_rank).ok().filter(|at| *at < hosts);
+    let at = at.ok_or(LaunchError::NodeRank { given: args.node_rank, hosts })?;
+    note_unused(
+        &[
+            ("--launcher", args.launcher.is_some()),
+            ("--launcher_args", !args.launcher_args.is_empty()),
+            ("--no_ssh_check", args.no_ssh_check),
+            ("--ssh_port", args.ssh_port.is_some()),
+            ("--force_multi", args.force_multi),
+            ("--venv_script", args.venv_script.is_some()),
+        ],
+        "with --no_ssh",
+        notes,
+    );
+    Ok(at)
 }
 
 fn indices(count: usize) -> Vec<Slot> {
@@ -112,22 +139,12 @@ fn check_contradictions(args: &LaunchArgs) -> Result<(), LaunchError> {
     if !filter.is_empty() && !count.is_empty() {
         return Err(LaunchError::CountWithFilter { count, filter });
     }
-    if let Some(name) = &args.launcher
-        && !LAUNCHERS.contains(&name.to_lowercase().as_str())
-    {
-        return Err(LaunchError::UnknownValue {
-            flag: "--launcher",
-            value: name.clone(),
-            known: LAUNCHERS.join(", "),
-            nearest: nearest(&name.to_lowercase(), LAUNCHERS)
-                .map_or_else(String::new, |near| format!("; did you mean '{near}'?")),
-        });
-    }
+    runner::parse(args.launcher.as_deref())?;
     Ok(())
 }
 
 /// Whether slots are GPUs or cores here.
-fn device(surroundings: &Surroundings, notes: &mut Vec<Note>) -> Result<Device, LaunchError> {
+pub(crate) fn device(surroundings: &Surroundings, notes: &mut Vec<Note>) -> Result<Device, LaunchError> {
     match surroundings.accelerator.as_deref() {
         Some("cpu") => return Ok(Device::Cpu),
         Some("cuda") if surroundings.gpus == 0 => {
@@ -162,7 +179,7 @@ fn visible(list: &str) -> Vec<Slot> {
     list.split(',')
         .map(str::trim)
         .take_while(|word| !word.is_empty() && !word.starts_with('-'))
-        .map(|word| word.parse().map_or_else(|_| Slot::Device(word.to_owned()), Slot::Index))
+        .map(Slot::named)
         .collect()
 }
 
@@ -222,7 +239,7 @@ fn count(
     args: &LaunchArgs,
     surroundings: &Surroundings,
     mut hosts: Vec<HostSlots>,
-    device: Device,
+    has_gpus: bool,
     place: &str,
 ) -> Result<Vec<HostSlots>, LaunchError> {
     if let Ok(nodes) = usize::try_from(args.num_nodes) {
@@ -245,7 +262,7 @@ fn count(
     for host in &mut hosts {
         if gpus <= host.slots.len() {
             host.slots.truncate(gpus);
-        } else if device == Device::Cpu {
+        } else if !has_gpus {
             // A CPU slot is a share of the cores, so there can be any number of them.
             host.slots = indices(gpus);
         } else {
@@ -265,45 +282,43 @@ fn count(
     Ok(hosts)
 }
 
-/// Says which flags for several hosts have no effect on the single one, and refuses a host that is another machine where the user
-/// insists on reaching it.
-fn check_single_host(
-    args: &LaunchArgs,
-    surroundings: &Surroundings,
-    host: &str,
-    notes: &mut Vec<Note>,
-) -> Result<(), LaunchError> {
+/// Whether a host's name is this machine's.
+fn is_here(host: &str, surroundings: &Surroundings) -> bool {
     let short = |name: &str| name.split('.').next().unwrap_or(name).to_lowercase();
-    let is_here = [LOCAL, "127.0.0.1", "::1"].contains(&host)
+    [LOCAL, "127.0.0.1", "::1"].contains(&host)
         || host == surroundings.hostname
-        || short(host) == short(&surroundings.hostname);
-    if !is_here {
-        if args.force_multi {
-            return Err(LaunchError::NotBuilt {
-                setting: format!("--force_multi with the host '{host}', which is not this machine,"),
-                hint: "; without --force_multi a single host's ranks start here",
-            });
-        }
+        || short(host) == short(&surroundings.hostname)
+}
+
+/// Says which flags for several hosts have no effect on the single one.
+fn check_single_host(args: &LaunchArgs, surroundings: &Surroundings, host: &str, notes: &mut Vec<Note>) {
+    if !is_here(host, surroundings) {
         notes.push(Note::warning(format!(
-            "the hostfile's host '{host}' is not this machine's name ('{}'); as it is the only one, its ranks start here",
+            "the hostfile's host '{host}' is not this machine's name ('{}'); as it is the only one, its ranks start here \
+             (--force_multi starts them there)",
             surroundings.hostname
         )));
     }
-    let unused: Vec<&str> = [
-        ("--launcher", args.launcher.is_some()),
-        ("--launcher_args", !args.launcher_args.is_empty()),
-        ("--node_rank", args.node_rank >= 0),
-        ("--no_ssh", args.no_ssh),
-        ("--no_ssh_check", args.no_ssh_check),
-        ("--ssh_port", args.ssh_port.is_some()),
-        ("--force_multi", args.force_multi),
-        ("--venv_script", args.venv_script.is_some()),
-    ]
-    .into_iter()
-    .filter_map(|(flag, given)| given.then_some(flag))
-    .collect();
+    note_unused(
+        &[
+            ("--launcher", args.launcher.is_some()),
+            ("--launcher_args", !args.launcher_args.is_empty()),
+            ("--node_rank", args.node_rank >= 0),
+            ("--no_ssh", args.no_ssh),
+            ("--no_ssh_check", args.no_ssh_check),
+            ("--ssh_port", args.ssh_port.is_some()),
+            ("--force_multi", args.force_multi),
+            ("--venv_script", args.venv_script.is_some()),
+        ],
+        "on one host",
+        notes,
+    );
+}
+
+/// Names the flags that were given and change nothing.
+pub(crate) fn note_unused(flags: &[(&str, bool)], when: &str, notes: &mut Vec<Note>) {
+    let unused: Vec<&str> = flags.iter().filter_map(|(flag, given)| given.then_some(*flag)).collect();
     if !unused.is_empty() {
-        notes.push(Note::info(format!("without effect on one host: {}", unused.join(", "))));
+        notes.push(Note::info(format!("without effect {when}: {}", unused.join(", "))));
     }
-    Ok(())
 }

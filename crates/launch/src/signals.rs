@@ -1,16 +1,23 @@
 //! How a process ended, in words.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// How a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Ending {
     /// It exited with this code.
     Code(i32),
     /// A signal of this number killed it.
     Signal(i32),
+    /// A signal of this number stopped it, and nobody let it go on.
+    Stopped(i32),
+    /// The connection to its host is gone.
+    HostLost,
 }
+
+/// The exit code for a lost host, as ssh has it.
+const LOST: u8 = 255;
 
 impl Ending {
     /// Whether the process did what it should.
@@ -22,8 +29,16 @@ impl Ending {
     pub(crate) fn shell_code(self) -> u8 {
         match self {
             Ending::Code(code) => u8::try_from(code & 0xff).unwrap_or(1),
-            Ending::Signal(signal) => u8::try_from((128 + signal) & 0xff).unwrap_or(1),
+            Ending::Signal(signal) | Ending::Stopped(signal) => {
+                u8::try_from((128 + signal) & 0xff).unwrap_or(1)
+            }
+            Ending::HostLost => LOST,
         }
+    }
+
+    /// Whether the kernel ends a process like this when memory is short.
+    pub(crate) fn may_be_out_of_memory(self) -> bool {
+        matches!(self, Ending::Signal(9) | Ending::Code(137))
     }
 
     /// The ending in words: `killed by signal 9 (SIGKILL)`, `exited with code 3`.
@@ -33,6 +48,11 @@ impl Ending {
                 Some(name) => format!("killed by signal {signal} ({name})"),
                 None => format!("killed by signal {signal}"),
             },
+            Ending::Stopped(signal) => match name(signal) {
+                Some(name) => format!("stopped by signal {signal} ({name}), and not continued"),
+                None => format!("stopped by signal {signal}, and not continued"),
+            },
+            Ending::HostLost => "lost with its host".to_owned(),
             Ending::Code(code) => match name(code - 128) {
                 // 129 to 159 is how a shell passes on the death of its child; 137 is the usual one.
                 Some(name) if code > 128 => {
@@ -51,6 +71,8 @@ impl Ending {
         let signal = match self {
             Ending::Signal(signal) => signal,
             Ending::Code(code) => code - 128,
+            Ending::Stopped(_) => return Some("the other ranks would wait for it for ever"),
+            Ending::HostLost => return None,
         };
         Some(match signal {
             4 => "an illegal instruction: the program was built for another kind of CPU",
@@ -84,6 +106,10 @@ pub(crate) fn name(signal: i32) -> Option<&'static str> {
         13 => "SIGPIPE",
         14 => "SIGALRM",
         15 => "SIGTERM",
+        19 => "SIGSTOP",
+        20 => "SIGTSTP",
+        21 => "SIGTTIN",
+        22 => "SIGTTOU",
         24 => "SIGXCPU",
         25 => "SIGXFSZ",
         31 => "SIGSYS",

@@ -70,7 +70,7 @@ pub(crate) fn start(
     unsafe_code,
     reason = "the parent-death signal can only be asked for by the child itself, before it becomes the program"
 )]
-fn tie_to_launcher(command: &mut Command, launcher: Pid, cores: Option<&[usize]>) {
+pub(crate) fn tie_to_launcher(command: &mut Command, launcher: Pid, cores: Option<&[usize]>) {
     let cores: Option<CpuSet> = cores.map(|list| {
         let mut set = CpuSet::new();
         for core in list {

@@ -5,6 +5,7 @@
 use crate::args::LaunchArgs;
 use crate::error::LaunchError;
 use fs_err as fs;
+use std::collections::BTreeMap;
 use std::env;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -38,6 +39,14 @@ pub struct Surroundings {
     pub kmp_affinity: Option<String>,
     /// `VIRTUAL_ENV`.
     pub virtual_env: Option<String>,
+    /// Whether there is an ssh client.
+    pub has_ssh: bool,
+    /// The current folder.
+    pub folder: PathBuf,
+    /// This command itself.
+    pub program: PathBuf,
+    /// The environment, as far as it is text.
+    pub environment: BTreeMap<String, String>,
 }
 
 impl Surroundings {
@@ -46,8 +55,27 @@ impl Surroundings {
     /// # Errors
     /// A file that exists and cannot be read; an affinity mask that cannot be read.
     pub fn read(args: &LaunchArgs) -> Result<Self, LaunchError> {
+        Ok(Self {
+            hostfile: read_if_there("the hostfile cannot be read", &args.hostfile)?
+                .map(|text| (args.hostfile.clone(), text)),
+            env_files: read_env_files()?,
+            has_ssh: find_on_path("ssh").is_some(),
+            folder: env::current_dir().unwrap_or_default(),
+            program: env::current_exe().unwrap_or_else(|_| "deepspeed".into()),
+            environment: env::vars_os()
+                .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+                .collect(),
+            ..Self::of_host(args.bind_cores_to_rank)?
+        })
+    }
+
+    /// Reads the facts of this machine and of this process's environment that decide how a host runs its ranks.
+    ///
+    /// # Errors
+    /// An affinity mask that cannot be read.
+    pub(crate) fn of_host(bind_cores: bool) -> Result<Self, LaunchError> {
         let core_ids = allowed_cores()?;
-        let physical_core_ids = if args.bind_cores_to_rank {
+        let physical_core_ids = if bind_cores {
             physical_cores(&core_ids, Path::new("/sys/devices/system/cpu"))
         } else {
             core_ids.clone()
@@ -60,15 +88,13 @@ impl Surroundings {
             cores: std::thread::available_parallelism().map_or(core_ids.len(), usize::from),
             core_ids,
             physical_core_ids,
-            hostfile: read_if_there("the hostfile cannot be read", &args.hostfile)?
-                .map(|text| (args.hostfile.clone(), text)),
-            env_files: read_env_files()?,
             python: find_python(virtual_env.as_deref()),
             visible_devices: variable("CUDA_VISIBLE_DEVICES"),
             accelerator: variable("DS_ACCELERATOR").filter(|value| !value.is_empty()),
             omp_num_threads: variable("OMP_NUM_THREADS").filter(|value| !value.is_empty()),
             kmp_affinity: variable("KMP_AFFINITY").filter(|value| !value.is_empty()),
             virtual_env,
+            ..Self::default()
         })
     }
 }

@@ -28,6 +28,8 @@ pub(crate) struct Patience {
     pub(crate) echo: Duration,
     /// From the user's signal to SIGTERM, or to SIGKILL if the signal was SIGTERM.
     pub(crate) interrupt: Duration,
+    /// How long a rank may stay stopped while others run.
+    pub(crate) stopped: Duration,
 }
 
 impl Default for Patience {
@@ -39,6 +41,7 @@ impl Default for Patience {
             terminate: Duration::from_millis(1100),
             echo: Duration::from_millis(300),
             interrupt: Duration::from_secs(10),
+            stopped: Duration::from_secs(5),
         }
     }
 }
@@ -54,6 +57,25 @@ pub(crate) enum Event {
         ending: Ending,
         /// Whether its last words say that it is a victim: it lost a peer.
         victim: bool,
+    },
+    /// The connection to a host is gone, and with it `count` ranks from `first` on, as far as they still ran.
+    HostLost {
+        /// The first rank of the host.
+        first: usize,
+        /// How many it has.
+        count: usize,
+    },
+    /// A rank's process was stopped by this signal, which is not an end.
+    Stopped {
+        /// The rank.
+        rank: usize,
+        /// The signal's number.
+        signal: i32,
+    },
+    /// A rank that was stopped goes on.
+    Continued {
+        /// The rank.
+        rank: usize,
     },
     /// The launcher itself was told to stop, by this signal's number.
     Interrupted(i32),
@@ -139,6 +161,10 @@ pub(crate) struct Watch {
     ranks: Vec<RankState>,
     ended: usize,
     interrupted: Option<(i32, Duration)>,
+    /// Ranks that are stopped, by which signal and since when.
+    stopped: Vec<Option<(i32, Duration)>>,
+    /// The rank that was stopped for too long, by which signal, and when that was.
+    held_up: Option<(usize, i32, Duration)>,
 }
 
 const SIGTERM: i32 = 15;
@@ -152,6 +178,8 @@ impl Watch {
             ranks: vec![RankState::Running; world],
             ended: 0,
             interrupted: None,
+            stopped: vec![None; world],
+            held_up: None,
         }
     }
 
@@ -159,13 +187,47 @@ impl Watch {
     pub(crate) fn on(&mut self, now: Duration, event: Event) -> Option<Action> {
         match event {
             Event::Ended { rank, ending, victim } => self.on_ended(now, rank, ending, victim),
+            Event::HostLost { first, count } => self.on_host_lost(now, first, count),
+            Event::Stopped { rank, signal } => {
+                *self.stopped.get_mut(rank)? = Some((signal, now));
+                None
+            }
+            Event::Continued { rank } => {
+                *self.stopped.get_mut(rank)? = None;
+                None
+            }
             Event::Interrupted(signal) => self.on_interrupted(now, signal),
             Event::Tick => self.on_tick(now),
         }
     }
 
+    /// Whether the ranks were told to end.
+    fn told(&self) -> bool {
+        !matches!(self.phase, Phase::Running | Phase::Settling { .. })
+    }
+
+    fn on_host_lost(&mut self, now: Duration, first: usize, count: usize) -> Option<Action> {
+        let (told, ending) = (self.told(), Ending::HostLost);
+        let order = self.ended;
+        for state in
+            self.ranks.iter_mut().skip(first).take(count).filter(|state| **state == RankState::Running)
+        {
+            *state = if told {
+                RankState::TornDown { ending }
+            } else {
+                RankState::Ended { ending, at: now, order, victim: false }
+            };
+            self.ended += 1;
+        }
+        if told || self.ended == order {
+            return None;
+        }
+        self.phase = Phase::Settling { until: now };
+        self.on_tick(now)
+    }
+
     fn on_ended(&mut self, now: Duration, rank: usize, ending: Ending, victim: bool) -> Option<Action> {
-        let told = !matches!(self.phase, Phase::Running | Phase::Settling { .. });
+        let told = self.told();
         let state = self.ranks.get_mut(rank).filter(|state| **state == RankState::Running)?;
         *state = if told {
             RankState::TornDown { ending }
@@ -208,8 +270,11 @@ impl Watch {
         if self.deadline().is_none_or(|deadline| now < deadline) {
             return None;
         }
+        if self.phase == Phase::Running {
+            self.held_up = self.longest_stopped().map(|(rank, signal, _)| (rank, signal, now));
+        }
         let (phase, action) = match self.phase {
-            Phase::Settling { .. } => {
+            Phase::Running | Phase::Settling { .. } => {
                 (Phase::Terminating { until: now + self.patience.terminate }, Action::Terminate)
             }
             Phase::Interrupted { signal, .. } if signal != SIGTERM => {
@@ -224,10 +289,34 @@ impl Watch {
     /// When to come back with [`Event::Tick`] if nothing happens before.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         match self.phase {
-            Phase::Running | Phase::Killing => None,
+            Phase::Running => self.longest_stopped().map(|(.., since)| since + self.patience.stopped),
+            Phase::Killing => None,
             Phase::Settling { until } | Phase::Interrupted { until, .. } | Phase::Terminating { until } => {
                 Some(until)
             }
+        }
+    }
+
+    /// The rank that has been stopped for longest while others run. Where all are, someone pauses the whole job, which is no failure.
+    fn longest_stopped(&self) -> Option<(usize, i32, Duration)> {
+        let running = |rank: usize| self.ranks[rank] == RankState::Running;
+        let is_paused =
+            (0..self.ranks.len()).filter(|rank| running(*rank)).all(|rank| self.stopped[rank].is_some());
+        if is_paused {
+            return None;
+        }
+        let stopped = self.stopped.iter().enumerate().filter(|(rank, _)| running(*rank));
+        stopped
+            .filter_map(|(rank, stopped)| stopped.map(|(signal, since)| (rank, signal, since)))
+            .min_by_key(|(.., since)| *since)
+    }
+
+    /// When a rank's failure was known.
+    pub(crate) fn failed_at(&self, rank: usize) -> Duration {
+        match (self.held_up, self.ranks.get(rank)) {
+            (Some((held_up, _, at)), _) if held_up == rank => at,
+            (_, Some(RankState::Ended { at, .. })) => *at,
+            _ => Duration::ZERO,
         }
     }
 
@@ -256,6 +345,9 @@ impl Watch {
         }
         if let Some((signal, _)) = self.interrupted {
             return Some(Outcome::Interrupted(signal));
+        }
+        if let Some((cause, signal, _)) = self.held_up {
+            return Some(Outcome::Failed { cause, ending: Ending::Stopped(signal) });
         }
         // Those that the launcher ended are not to blame, and a crash explains more than a complaint.
         let cause = self.ranks.iter().enumerate().filter_map(|(rank, state)| match *state {
@@ -287,7 +379,7 @@ fn blame(ending: Ending, victim: bool) -> Blame {
     match ending {
         // SIGILL, SIGBUS, SIGFPE, SIGKILL, SIGSEGV, SIGSYS. SIGABRT is how native code ends on an error it reports, which may
         // be that a peer is gone.
-        Ending::Signal(4 | 7 | 8 | 9 | 11 | 31) => Blame::Crash,
+        Ending::Signal(4 | 7 | 8 | 9 | 11 | 31) | Ending::HostLost => Blame::Crash,
         _ if victim => Blame::Victim,
         _ => Blame::Failure,
     }
@@ -371,6 +463,40 @@ mod tests {
     }
 
     #[test]
+    fn a_lost_host_takes_its_ranks_with_it() {
+        let mut watch = Watch::new(4, Patience::default());
+        watch.on(ms(5), ended(3, Ending::Code(0)));
+        assert_eq!(watch.on(ms(10), Event::HostLost { first: 2, count: 2 }), Some(Action::Terminate));
+        watch.on(ms(20), ended(0, Ending::Signal(15)));
+        watch.on(ms(20), ended(1, Ending::Signal(15)));
+        assert_eq!(watch.outcome(), Some(Outcome::Failed { cause: 2, ending: Ending::HostLost }));
+        let mut watch = Watch::new(2, Patience::default());
+        assert_eq!(watch.on(ms(5), ended(0, Ending::Code(1))), None);
+        assert_eq!(watch.on(ms(200), Event::Tick), Some(Action::Terminate));
+        assert_eq!(watch.on(ms(210), Event::HostLost { first: 1, count: 1 }), None);
+        assert_eq!(watch.outcome(), Some(Outcome::Failed { cause: 0, ending: Ending::Code(1) }));
+    }
+
+    #[test]
+    fn a_stopped_rank_fails_the_job_unless_all_are() {
+        let mut watch = Watch::new(2, Patience::default());
+        assert_eq!(watch.on(ms(10), Event::Stopped { rank: 1, signal: 19 }), None);
+        assert_eq!(watch.deadline(), Some(ms(5010)));
+        watch.on(ms(1000), Event::Stopped { rank: 0, signal: 19 });
+        assert_eq!((watch.deadline(), watch.on(ms(9000), Event::Tick)), (None, None));
+        watch.on(ms(9000), Event::Continued { rank: 0 });
+        watch.on(ms(9000), Event::Continued { rank: 1 });
+        watch.on(ms(9100), Event::Stopped { rank: 1, signal: 19 });
+        assert_eq!(watch.on(ms(14_099), Event::Tick), None);
+        assert_eq!(watch.on(ms(14_100), Event::Tick), Some(Action::Terminate));
+        watch.on(ms(14_101), ended(0, Ending::Signal(15)));
+        watch.on(ms(15_300), ended(1, Ending::Signal(9)));
+        let outcome = watch.outcome().unwrap();
+        assert_eq!(outcome, Outcome::Failed { cause: 1, ending: Ending::Stopped(19) });
+        assert_eq!((outcome.exit_code(), watch.failed_at(1)), (147, ms(14_100)));
+    }
+
+    #[test]
     fn only_victims_means_the_first_of_them() {
         let mut watch = Watch::new(2, Patience::default());
         watch.on(ms(10), lost_peer(1));
@@ -418,6 +544,7 @@ mod tests {
                 any::<bool>()
             )
                 .prop_map(|(rank, ending, victim)| Event::Ended { rank, ending, victim }),
+            (0..world, 0..world).prop_map(|(first, count)| Event::HostLost { first, count }),
             Just(Event::Interrupted(2)),
             Just(Event::Tick),
         ]
@@ -436,7 +563,10 @@ mod tests {
                         watch.ranks()[rank] == RankState::Running && !ending.is_success()
                     }
                     Event::Interrupted(_) => true,
-                    Event::Tick => false,
+                    Event::HostLost { first, count } => {
+                        watch.ranks().iter().skip(first).take(count).any(|state| *state == RankState::Running)
+                    }
+                    Event::Tick | Event::Stopped { .. } | Event::Continued { .. } => false,
                 };
                 if failure {
                     failed_at.get_or_insert(now);

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use clap::Parser;
-use deepspeed_launch::{LaunchArgs, Surroundings, resolve};
+use deepspeed_launch::{LaunchArgs, Plan, Surroundings, resolve};
+use proptest::prelude::*;
 use std::path::PathBuf;
 
 fn cpu_machine(cores: usize) -> Surroundings {
@@ -131,8 +132,8 @@ fn environment_files_and_flags_without_effect() {
     let line = "--num_gpus 1 --launcher slurm --no_ssh_check --bind_core_list 0 train.py";
     insta::assert_snapshot!(plan(line, &surroundings), @r"
         1 rank on localhost (4 CPU cores), meeting at 127.0.0.1:(free port)
-        note: without effect on one host: --launcher, --no_ssh_check
         note: --bind_core_list has no effect without --bind_cores_to_rank
+        note: without effect on one host: --launcher, --no_ssh_check
         warning: /home/u/.deepspeed_env: RANK is set by the launcher itself; the line is left out
         note: /home/u/.deepspeed_env sets for every rank: NCCL_IB_DISABLE, A
         warning: ./.deepspeed_env:2: `what is this` has no `=`; the line is left out
@@ -220,18 +221,18 @@ fn hostfile_and_filters() {
         brief("-H hosts train.py", &hosts("node slots=0")),
         brief("-H hosts train.py", &hosts("node slots=two")),
     ].join("\n\n"), @r"
-        error: launching on more than one host is not built yet: hostfile hosts leaves 2 hosts (worker-1, worker-2); choose one with --num_nodes=1 or --include=worker-1
+        error: launcher 'ssh' not installed: no folder of PATH has `ssh`; install OpenSSH's client, or start the command on each host with --no_ssh and --node_rank
 
         2 ranks on worker-1 (GPUs 0,1), meeting at 127.0.0.1:(free port)
-        warning: the hostfile's host 'worker-1' is not this machine's name ('node'); as it is the only one, its ranks start here
+        warning: the hostfile's host 'worker-1' is not this machine's name ('node'); as it is the only one, its ranks start here (--force_multi starts them there)
           CUDA_VISIBLE_DEVICES=0,1
 
         2 ranks on worker-2 (GPUs 0,1), meeting at 127.0.0.1:(free port)
-        warning: the hostfile's host 'worker-2' is not this machine's name ('node'); as it is the only one, its ranks start here
+        warning: the hostfile's host 'worker-2' is not this machine's name ('node'); as it is the only one, its ranks start here (--force_multi starts them there)
           CUDA_VISIBLE_DEVICES=0,1
 
         3 ranks on worker-1 (GPUs 1-3), meeting at 127.0.0.1:(free port)
-        warning: the hostfile's host 'worker-1' is not this machine's name ('node'); as it is the only one, its ranks start here
+        warning: the hostfile's host 'worker-1' is not this machine's name ('node'); as it is the only one, its ranks start here (--force_multi starts them there)
           CUDA_VISIBLE_DEVICES=1,2,3
 
         error: --exclude: hostname 'worker-3' not found in hostfile hosts; did you mean 'worker-2'?
@@ -241,7 +242,7 @@ fn hostfile_and_filters() {
         2 ranks on node (GPUs 0,1), meeting at 127.0.0.1:(free port)
           CUDA_VISIBLE_DEVICES=0,1
 
-        error: --force_multi with the host 'worker-1', which is not this machine, is not built yet; without --force_multi a single host's ranks start here
+        error: launcher 'ssh' not installed: no folder of PATH has `ssh`; install OpenSSH's client, or start the command on each host with --no_ssh and --node_rank
 
         error: no slot is left after hostfile hosts; nothing to launch
 
@@ -249,6 +250,268 @@ fn hostfile_and_filters() {
             node slots=two
           each line is `<host> slots=<number>`, for example `worker-1 slots=4`
         ");
+}
+
+/// A login machine without GPUs, with ssh.
+fn login_machine(hostfile: &str) -> Surroundings {
+    Surroundings {
+        hostname: "login".into(),
+        hostfile: Some((PathBuf::from("hosts"), hostfile.into())),
+        has_ssh: true,
+        folder: "/home/u/my work".into(),
+        program: "/venv/bin/deepspeed".into(),
+        ..cpu_machine(4)
+    }
+}
+
+#[test]
+fn several_hosts() {
+    let environment = [
+        ("NCCL_DEBUG", "INFO"),
+        ("PYTHONPATH", "/lib/mine"),
+        ("UCX_TLS", "tcp"),
+        ("MV2_X", "$(reboot)"),
+        ("PATH", "/bin"),
+        ("NCCLX", ""),
+    ];
+    let surroundings = Surroundings {
+        env_files: vec![("./.deepspeed_env".into(), "NCCL_DEBUG=WARN\n\nA=b c".into())],
+        environment: environment.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+        ..login_machine("worker-1 slots=4\nworker-2 slots=2\n")
+    };
+    let line = "--hostfile=hosts --exclude=worker-1:0,2 --ssh_port 2222 --no_ssh_check --venv_script ~/venv/activate \
+                --enable_each_rank_log logs train.py --deepspeed --x=it's";
+    insta::assert_snapshot!(plan(line, &surroundings), @r"
+        4 ranks on 2 hosts by ssh: worker-1 (2), worker-2 (2)
+        note: ./.deepspeed_env sets for every rank: NCCL_DEBUG, A
+        note: handed on to every host: MV2_X, NCCLX, NCCL_DEBUG, PYTHONPATH, UCX_TLS
+        note: without effect by ssh, where every host must answer before a rank is started: --no_ssh_check
+
+        every rank gets, in the folder '/home/u/my work'
+          A='b c'
+          MV2_X='$(reboot)'
+          NCCLX=''
+          NCCL_DEBUG=WARN
+          PYTHONPATH='/home/u/my work:/lib/mine'
+          UCX_TLS=tcp
+          WORLD_SIZE=4 CROSS_SIZE=2
+          MASTER_ADDR=(address of worker-1, as the hosts reach it)
+          MASTER_PORT=(a free port of worker-1, chosen at the start)
+          DS_JOB_SECRET=(random, new for each job; sent through the connection)
+          and what its host decides: CUDA_VISIBLE_DEVICES where it has GPUs, OMP_NUM_THREADS, cores
+
+        host worker-1: slots 1,3
+          ssh -p 2222 -T -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ControlMaster=no -o ControlPath=none -- worker-1 'exec /bin/sh -c '\''. '\''\'\'''\''~/venv/activate'\''\'\'''\'' && exec deepspeed __agent'\'''
+          RANK=0 LOCAL_RANK=0 LOCAL_SIZE=2 CROSS_RANK=0: (the host's python) -u train.py --local_rank=0 --deepspeed '--x=it'\''s'
+          RANK=1 LOCAL_RANK=1 LOCAL_SIZE=2 CROSS_RANK=0: (the host's python) -u train.py --local_rank=1 --deepspeed '--x=it'\''s'
+          output of ranks 0-1 also in logs on this host
+
+        host worker-2: slots 0,1
+          ssh -p 2222 -T -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ControlMaster=no -o ControlPath=none -- worker-2 'exec /bin/sh -c '\''. '\''\'\'''\''~/venv/activate'\''\'\'''\'' && exec deepspeed __agent'\'''
+          RANK=2 LOCAL_RANK=0 LOCAL_SIZE=2 CROSS_RANK=1: (the host's python) -u train.py --local_rank=0 --deepspeed '--x=it'\''s'
+          RANK=3 LOCAL_RANK=1 LOCAL_SIZE=2 CROSS_RANK=1: (the host's python) -u train.py --local_rank=1 --deepspeed '--x=it'\''s'
+          output of ranks 2-3 also in logs on this host
+        ");
+}
+
+#[test]
+fn several_hosts_in_brief() {
+    let hosts = login_machine("worker-1 slots=4\nworker-2 slots=4\nworker-3 slots=4\n");
+    let aisc = Surroundings {
+        environment: [
+            ("AISC_JOB_NAME", "x"),
+            ("NCCL_IB_HCA", "mlx5"),
+            ("UCX_NET_DEVICES", "a"),
+            ("NCCL_X", "1"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into(),
+        ..hosts.clone()
+    };
+    insta::assert_snapshot!([
+        brief("-H hosts train.py", &hosts),
+        brief("-H hosts --num_nodes=2 train.py", &hosts),
+        brief("-H hosts --num_nodes=2 --num_gpus=2 train.py", &hosts),
+        brief("-H hosts --exclude=worker-2:0@worker-3:0,1 train.py", &hosts),
+        brief("-H hosts --include=worker-2:0,1 train.py", &hosts),
+        brief("-H hosts --include=worker-2:0,1 --force_multi --launcher SSH train.py", &hosts),
+        brief("-H hosts train.py", &aisc),
+        brief("-H hosts --node_rank=1 train.py", &hosts),
+        brief("-H hosts --no_ssh --node_rank=1 train.py", &hosts),
+        brief("-H hosts --no_ssh --node_rank=0 --master_addr=10.0.0.1 --master_port=5 --ssh_port=1 train.py", &hosts),
+        brief("-H hosts --no_ssh train.py", &hosts),
+        brief("-H hosts --launcher=pdsh train.py", &hosts),
+        brief("-H hosts --launcher=slurm train.py", &hosts),
+        brief("-H hosts --launcher_args=' train.py", &hosts),
+        brief("-H hosts train.py", &Surroundings { has_ssh: false, ..hosts.clone() }),
+        brief("-H hosts train.py", &login_machine("-oProxyCommand=x slots=1\nb slots=1\n")),
+        brief("-H hosts train.py", &login_machine("$(reboot) slots=1\nb slots=1\n")),
+    ].join("\n\n"), @r"
+        12 ranks on 3 hosts by ssh: worker-1 (4), worker-2 (4), worker-3 (4)
+
+        8 ranks on 2 hosts by ssh: worker-1 (4), worker-2 (4)
+
+        4 ranks on 2 hosts by ssh: worker-1 (2), worker-2 (2)
+
+        9 ranks on 3 hosts by ssh: worker-1 (4), worker-2 (3), worker-3 (2)
+
+        2 ranks on worker-2 (4 CPU cores), meeting at 127.0.0.1:(free port)
+        warning: the hostfile's host 'worker-2' is not this machine's name ('login'); as it is the only one, its ranks start here (--force_multi starts them there)
+
+        2 ranks on 1 host by ssh: worker-2 (2)
+
+        12 ranks on 3 hosts by ssh: worker-1 (4), worker-2 (4), worker-3 (4)
+        note: handed on to every host: NCCL_X
+
+        12 ranks on 3 hosts by ssh: worker-1 (4), worker-2 (4), worker-3 (4)
+        note: without effect by ssh, where every host must answer before a rank is started: --node_rank
+
+        4 of 12 ranks on worker-2 (4 CPU cores), meeting at worker-1:29500
+        note: with --no_ssh every host must be told the same --master_port; it is 29500 as none is given
+
+        4 of 12 ranks on worker-1 (4 CPU cores), meeting at 10.0.0.1:5
+        note: without effect with --no_ssh: --ssh_port
+
+        error: --no_ssh starts the ranks of this host only, so --node_rank must say which of the 3 hosts it is (0 to 2); it is -1
+
+        error: --launcher=pdsh is not built yet; leave it out, and each host is reached by ssh, which needs nothing else installed
+
+        error: --launcher=slurm is not built yet; leave it out, and each host is reached by ssh, which needs nothing else installed
+
+        error: --launcher_args=`'`: the quote at column 1 does not end
+
+        error: launcher 'ssh' not installed: no folder of PATH has `ssh`; install OpenSSH's client, or start the command on each host with --no_ssh and --node_rank
+
+        error: the host '-oProxyCommand=x' cannot be reached by ssh: a name has letters, digits and any of . - _ @ : % [ ], and does not begin with a dash
+
+        error: the host '$(reboot)' cannot be reached by ssh: a name has letters, digits and any of . - _ @ : % [ ], and does not begin with a dash
+        ");
+}
+
+#[test]
+fn ranks_of_a_host_that_is_started_by_hand() {
+    let hosts = login_machine("worker-1 slots=3\nworker-2 slots=1\n");
+    let line = "-H hosts --no_ssh --node_rank=1 --no_local_rank train.py";
+    insta::assert_snapshot!(plan(line, &hosts), @r"
+        1 of 4 ranks on worker-2 (4 CPU cores), meeting at worker-1:29500
+        note: with --no_ssh every host must be told the same --master_port; it is 29500 as none is given
+
+        every rank gets
+          CROSS_RANK=1
+          CROSS_SIZE=2
+          LOCAL_SIZE=1
+          MASTER_ADDR=worker-1
+          MASTER_PORT=29500
+          OMP_NUM_THREADS=4
+          WORLD_SIZE=4
+          DS_JOB_SECRET=(random, new for each job)
+
+        rank 3
+          LOCAL_RANK=0 RANK=3
+          /venv/bin/python -u train.py
+        ");
+}
+
+/// The hosts and slots that the original's rules leave, written as plainly as can be: `None` is an error.
+fn model(
+    hosts: &[(String, u32)],
+    include: &str,
+    exclude: &str,
+    nodes: i64,
+    gpus: i64,
+) -> Option<Vec<(String, Vec<u32>)>> {
+    let filtered = !include.is_empty() || !exclude.is_empty();
+    let bad_count = [nodes, gpus].iter().any(|count| *count != -1 && *count < 1);
+    if bad_count || (!include.is_empty() && !exclude.is_empty()) || (filtered && (nodes, gpus) != (-1, -1)) {
+        return None;
+    }
+    let mut named: Vec<(String, u32)> = Vec::new();
+    for part in [include, exclude].concat().split('@').filter(|part| !part.is_empty()) {
+        let (host, list) = part.split_once(':').unwrap_or((part, ""));
+        let slots = hosts.iter().find(|(name, _)| name == host)?.1;
+        for slot in if list.is_empty() { (0..slots).collect() } else { numbers(list) } {
+            if slot >= slots {
+                return None;
+            }
+            named.push((host.to_owned(), slot));
+        }
+    }
+    let mut kept = Vec::new();
+    for (host, slots) in hosts {
+        let keep = |slot: &u32| !filtered || named.contains(&(host.clone(), *slot)) != include.is_empty();
+        let slots: Vec<u32> = (0..*slots).filter(keep).collect();
+        if !slots.is_empty() {
+            kept.push((host.clone(), slots));
+        }
+    }
+    if kept.is_empty() || nodes > i64::try_from(kept.len()).unwrap() {
+        return None;
+    }
+    if nodes > 0 {
+        kept.truncate(usize::try_from(nodes).unwrap());
+    }
+    if gpus > 0 {
+        for (_, slots) in &mut kept {
+            // Slots of cores: there can be any number of them.
+            *slots = (0..u32::try_from(gpus).unwrap()).collect();
+        }
+    }
+    Some(kept)
+}
+
+fn numbers(list: &str) -> Vec<u32> {
+    list.split(',').map(|word| word.parse().unwrap()).collect()
+}
+
+/// A filter that is of the form, whether its hosts and slots are there or not.
+fn filter() -> impl Strategy<Value = String> {
+    let slots = prop::collection::vec(0u32..4, 0..3).prop_map(|list| {
+        let words: Vec<String> = list.iter().map(u32::to_string).collect();
+        if words.is_empty() { String::new() } else { format!(":{}", words.join(",")) }
+    });
+    let part = ("[a-c]", slots).prop_map(|(host, slots)| format!("{host}{slots}"));
+    prop_oneof![Just(String::new()), prop::collection::vec(part, 1..4).prop_map(|parts| parts.join("@"))]
+}
+
+proptest! {
+    /// Any hostfile and filter resolve to what a plain model says, or are an error where it says so.
+    #[test]
+    fn resources_are_those_of_the_model(
+        slots in prop::collection::vec(0u32..4, 1..4),
+        include in filter(),
+        exclude in filter(),
+        nodes in -1i64..4,
+        gpus in -1i64..3,
+    ) {
+        let hosts: Vec<(String, u32)> =
+            ["a", "b", "c"].iter().zip(&slots).map(|(host, slots)| ((*host).to_owned(), *slots)).collect();
+        let text: String = hosts.iter().map(|(host, slots)| format!("{host} slots={slots}\n")).collect();
+        let surroundings = login_machine(&text);
+        let args = LaunchArgs::try_parse_from([
+            "deepspeed".to_owned(), "-H".to_owned(), "hosts".to_owned(), format!("--include={include}"),
+            format!("--exclude={exclude}"), format!("--num_nodes={nodes}"), format!("--num_gpus={gpus}"),
+            "--force_multi".to_owned(), "train.py".to_owned(),
+        ]).unwrap();
+        let resolved = resolve(&args, &surroundings).ok().map(|plan| match plan {
+            Plan::Here(_) => unreachable!("--force_multi reaches a single host, too"),
+            Plan::Hosts(plan) => plan.parts.into_iter().map(|part| {
+                (part.host, part.slots.iter().map(|slot| slot.to_string().parse().unwrap()).collect())
+            }).collect::<Vec<(String, Vec<u32>)>>(),
+        });
+        prop_assert_eq!(resolved, model(&hosts, &include, &exclude, nodes, gpus));
+    }
+
+    /// No input panics, and what is printed for a shell holds no host's name that is not in quotes or plain.
+    #[test]
+    fn any_text_is_survived(hostfile in "[ -~\n]{0,60}", filter in "[ -~]{0,20}", args in "[ -~]{0,20}") {
+        for flag in ["include", "exclude"] {
+            let line = ["deepspeed", "-H", "hosts", &format!("--{flag}={filter}"),
+                &format!("--launcher_args={args}"), "train.py"].map(str::to_owned);
+            if let Ok(args) = LaunchArgs::try_parse_from(line) {
+                let _ = resolve(&args, &login_machine(&hostfile)).map(|plan| plan.to_string());
+            }
+        }
+    }
 }
 
 #[test]
@@ -286,7 +549,7 @@ fn refusals() {
         error: --include: hostname 'worker-1' not found in the local resources (no hostfile is in use); known: localhost
         error: no slot is left after --exclude; nothing to launch
         error: --no_python and --module contradict each other: a module needs python to run it; drop one
-        error: --launcher: unknown value 'slrum'; known are pdsh, openmpi, mpich, impi, slurm, mvapich; did you mean 'slurm'?
+        error: --launcher: unknown value 'slrum'; known are ssh, pdsh, openmpi, mpich, impi, mvapich, slurm; did you mean 'slurm'?
         error: --autotuning=run is not built yet; leave it out to train
         error: --autotuning: unknown value 'fast'; known are tune, run
         error: KMP_AFFINITY=compact is set, which binds threads by itself and contradicts --bind_cores_to_rank; unset KMP_AFFINITY, or drop --bind_cores_to_rank

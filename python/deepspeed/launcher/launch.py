@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from deepspeed._features import not_built
 from deepspeed.launcher._native_command import become
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Becomes `deepspeed --include localhost:SLOTS ...` with the slots that `--world_info` gives this host.
+    """Becomes `deepspeed` for the slots that `--world_info` gives this host.
+
+    On one host that is `deepspeed --include localhost:SLOTS ...`; as one of several, `deepspeed --no_ssh --node_rank N ...`.
 
     --world_info  base64 of JSON {host: [slots]}; all other flags are those of `deepspeed`.
     """
@@ -32,10 +34,17 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     given = vars(parser.parse_args(args))
     hosts = json.loads(base64.urlsafe_b64decode(given.pop("world_info")))
     command = given.pop("command")
-    if len(hosts) != 1 or given.pop("node_rank") != 0:
-        not_built("deepspeed.launcher.launch with several hosts", "launching on several hosts")
-    (slots,) = hosts.values()
-    flags = [f"--include=localhost:{','.join(map(str, slots))}"]
+    node_rank = given.pop("node_rank")
+    if len(hosts) == 1:
+        (slots,) = hosts.values()
+        flags = [f"--include=localhost:{','.join(map(str, slots))}"]
+    else:
+        lines = [f"{host} slots={max(slots) + 1}\n" for host, slots in hosts.items()]
+        include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in hosts.items())
+        # A file without a name, which the command inherits open.
+        hostfile = os.memfd_create("hostfile", 0)
+        os.write(hostfile, "".join(lines).encode())
+        flags = [f"--hostfile=/dev/fd/{hostfile}", f"--include={include}", "--no_ssh", f"--node_rank={node_rank}"]
     for name, value in given.items():
         if value is not None:
             flags.append(name if value is True else f"--{name}={value}")

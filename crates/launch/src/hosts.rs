@@ -1,0 +1,501 @@
+//! Runs a job on several hosts: one connection for each, one poll loop, the same watch as on one host.
+//!
+//! ```text
+//!   connect to all -> all say hello -> first host gives a port -> all start -> watch over -> close
+//!         \___________________\______________ a problem: nothing runs anywhere, one error ____/
+//! ```
+//!
+//! - HOSTS-1: no rank starts before every host has answered with the same version.
+//! - HOSTS-2: when this function returns, every connection is closed, so that nothing is left on any host that can still be reached; and
+//!   an agent whose launcher cannot be reached ends everything by itself.
+
+use crate::connection::{Connection, Received};
+use crate::console::Console;
+use crate::error::LaunchError;
+use crate::hosts_plan::HostsPlan;
+use crate::inbox::Inbox;
+use crate::meeting;
+use crate::merge::{Merger, Output, Stream};
+use crate::message::{Hello, Incoming, Order, Report, Start};
+use crate::report::{self, RankFacts};
+use crate::secret;
+use crate::signals::{self, Ending};
+use crate::supervise::{AFTER_KILL, write_all};
+use crate::tail::Tail;
+use crate::watch::{Action, Event, Outcome, Patience, Watch, is_victim};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use signal_hook::consts::signal::{SIGCHLD, SIGPIPE, SIGWINCH};
+use std::io::{self, IsTerminal};
+use std::time::{Duration, Instant};
+
+/// How long all hosts together may take to answer.
+const ANSWER: Duration = Duration::from_secs(60);
+
+/// How often a host is told that the launcher is there.
+const BEAT: Duration = Duration::from_secs(5);
+
+/// A host that says nothing for so long is lost.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// How long the hosts may take to end what is left there: the agent's time from SIGTERM to SIGKILL, and its sweep.
+const CLOSE: Duration = Duration::from_secs(4);
+
+const SIGTERM: i32 = 15;
+const SIGKILL: i32 = 9;
+
+/// Where a host stands.
+#[derive(Debug)]
+enum State {
+    Connecting,
+    Ready,
+    Running,
+    /// It is of no use, for this reason.
+    Gone(String),
+}
+
+struct Host {
+    connection: Connection,
+    state: State,
+    hello: Hello,
+    heard: Duration,
+}
+
+/// What is known of one rank.
+#[derive(Debug, Default)]
+struct Rank {
+    pid: i32,
+    tail: Tail,
+    evidence: Option<String>,
+    log: Option<std::path::PathBuf>,
+}
+
+struct Job<'a> {
+    plan: HostsPlan,
+    console: &'a Console,
+    began: Instant,
+    hosts: Vec<Host>,
+    ranks: Vec<Rank>,
+    port: Option<Result<u16, String>>,
+    merger: Merger,
+    watch: Watch,
+    killed_at: Option<Duration>,
+    beat: Duration,
+}
+
+/// Runs the plan to its end and returns the exit code.
+///
+/// # Errors
+/// A host could not be reached or could not start its ranks; then none is left running.
+pub(crate) fn run(plan: HostsPlan, console: &Console) -> Result<u8, LaunchError> {
+    let mut inbox = Inbox::open()?;
+    let hosts = plan
+        .connections
+        .iter()
+        .map(|line| {
+            Ok(Host {
+                connection: Connection::open(line)?,
+                state: State::Connecting,
+                hello: Hello::default(),
+                heard: Duration::ZERO,
+            })
+        })
+        .collect::<Result<Vec<Host>, LaunchError>>()?;
+    let world = plan.world();
+    let mut job = Job {
+        plan,
+        console,
+        began: Instant::now(),
+        hosts,
+        ranks: (0..world).map(|_| Rank::default()).collect(),
+        port: None,
+        merger: Merger::new(0, world, [io::stdout().is_terminal(), io::stderr().is_terminal()]),
+        watch: Watch::new(world, Patience::default()),
+        killed_at: None,
+        beat: Duration::ZERO,
+    };
+    let started = job.start(&mut inbox).and_then(|()| job.watch_over(&mut inbox));
+    let success = started.is_ok() && job.watch.outcome() == Some(Outcome::Success);
+    job.close(success);
+    started.map(|()| job.conclude())
+}
+
+impl Job<'_> {
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Gets every host to run its ranks.
+    fn start(&mut self, inbox: &mut Inbox) -> Result<(), LaunchError> {
+        self.until(inbox, "it has not answered", |job| {
+            job.hosts.iter().all(|host| !matches!(host.state, State::Connecting))
+        })?;
+        self.refuse_problems()?;
+        self.agree_on_meeting(inbox)?;
+        let secret = secret::new()?;
+        for (host, part) in self.hosts.iter_mut().zip(&self.plan.parts) {
+            let (part, folder) = (part.clone(), self.plan.folder.clone());
+            host.connection.send(&Order::Start(Box::new(Start { part, folder, secret: secret.clone() })));
+        }
+        self.until(inbox, "it has not started its ranks", |job| {
+            job.hosts.iter().all(|host| !matches!(host.state, State::Ready))
+        })?;
+        self.refuse_problems()
+    }
+
+    /// Fixes where rank 0 awaits the others: at a port of the first host, and at the address by which the hosts reach it.
+    fn agree_on_meeting(&mut self, inbox: &mut Inbox) -> Result<(), LaunchError> {
+        let wanted = self.plan.parts[0].master_port;
+        // An address that is given may be that of another host; then its ports cannot be looked at.
+        let port = if wanted.is_some() && !self.plan.parts[0].master_addr.is_empty() {
+            wanted
+        } else {
+            self.hosts[0].connection.send(&Order::Port(wanted));
+            self.until(inbox, "it has not chosen a port", |job| job.port.is_some())?;
+            match self.port.take() {
+                Some(Ok(port)) => Some(port),
+                Some(Err(what)) => {
+                    return Err(LaunchError::Hosts {
+                        problems: vec![(self.plan.parts[0].host.clone(), what)],
+                    });
+                }
+                None => None,
+            }
+        };
+        let hellos: Vec<Hello> = self.hosts.iter().map(|host| host.hello.clone()).collect();
+        let address = meeting::address(&self.plan.parts[0].host, &hellos);
+        for part in &mut self.plan.parts {
+            part.master_port = port;
+            if part.master_addr.is_empty() {
+                part.master_addr.clone_from(&address);
+            }
+        }
+        self.console.debug(&format!("deepspeed: the ranks meet at {}\n", self.plan.parts[0].meeting()));
+        Ok(())
+    }
+
+    /// An error that names every host that is of no use.
+    fn refuse_problems(&self) -> Result<(), LaunchError> {
+        let problems: Vec<(String, String)> = self
+            .hosts
+            .iter()
+            .zip(&self.plan.parts)
+            .filter_map(|(host, part)| match &host.state {
+                State::Gone(what) => Some((part.host.clone(), what.clone())),
+                _ => None,
+            })
+            .collect();
+        if problems.is_empty() { Ok(()) } else { Err(LaunchError::Hosts { problems }) }
+    }
+
+    /// Waits for a condition, or for a host to be of no use.
+    fn until(
+        &mut self,
+        inbox: &mut Inbox,
+        late: &str,
+        is_reached: impl Fn(&Self) -> bool,
+    ) -> Result<(), LaunchError> {
+        let deadline = self.now() + ANSWER;
+        while !is_reached(self) {
+            self.wait(inbox, Some(deadline))?;
+            for signal in inbox.take() {
+                if !matches!(signal, SIGCHLD | SIGWINCH) {
+                    let code = Ending::Signal(signal).shell_code();
+                    return Err(LaunchError::Interrupted {
+                        signal: signals::name(signal).unwrap_or("a signal"),
+                        code,
+                    });
+                }
+            }
+            // What others have to say is heard for as long as all of them need anyway.
+            if self.hosts.iter().all(|host| !matches!(host.state, State::Connecting)) {
+                self.refuse_problems()?;
+            }
+            if self.now() >= deadline {
+                let text = format!("{late} within {} s", ANSWER.as_secs());
+                for host in self
+                    .hosts
+                    .iter_mut()
+                    .filter(|host| !matches!(host.state, State::Running | State::Gone(_)))
+                {
+                    host.state = State::Gone(text.clone());
+                }
+                return self.refuse_problems();
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits and acts until every rank is over.
+    fn watch_over(&mut self, inbox: &mut Inbox) -> Result<(), LaunchError> {
+        while !self.watch.is_over() {
+            let kill = self.killed_at.map(|at| at + AFTER_KILL + Duration::from_millis(1));
+            let deadline = [self.watch.deadline(), kill].into_iter().flatten().min();
+            self.wait(inbox, deadline)?;
+            for signal in inbox.take() {
+                if !matches!(signal, SIGCHLD | SIGWINCH) {
+                    self.decide(Event::Interrupted(signal));
+                }
+            }
+            self.decide(Event::Tick);
+            if self.killed_at.is_some_and(|at| self.now() > at + AFTER_KILL) {
+                self.watch.give_up();
+            }
+        }
+        Ok(())
+    }
+
+    /// Sleeps until something happens, at most until the deadline, and takes in what has come from the hosts.
+    fn wait(&mut self, inbox: &Inbox, deadline: Option<Duration>) -> Result<(), LaunchError> {
+        let next = [deadline, self.merger.deadline(), Some(self.beat + BEAT)];
+        let wait = next.into_iter().flatten().min().unwrap_or(BEAT).saturating_sub(self.now());
+        let timeout =
+            Timespec { tv_sec: wait.as_secs().cast_signed(), tv_nsec: i64::from(wait.subsec_nanos()) };
+        let mut fds: Vec<PollFd<'_>> = Vec::new();
+        for host in self.hosts.iter().filter(|host| !matches!(host.state, State::Gone(_))) {
+            fds.extend(host.connection.poll_fds());
+        }
+        fds.extend(inbox.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match rustix::event::poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => {
+                return Err(LaunchError::System { what: "waiting for the hosts", source: errno.into() });
+            }
+        }
+        drop(fds);
+        for at in 0..self.hosts.len() {
+            self.listen(at);
+        }
+        if self.now() >= self.beat + BEAT {
+            self.beat = self.now();
+            for host in
+                self.hosts.iter_mut().filter(|host| matches!(host.state, State::Ready | State::Running))
+            {
+                host.connection.send(&Order::Alive);
+            }
+        }
+        let held = self.merger.tick(self.now());
+        self.write(held);
+        Ok(())
+    }
+
+    /// Takes in what has come from a host.
+    fn listen(&mut self, at: usize) {
+        let now = self.now();
+        let host = &mut self.hosts[at];
+        if matches!(host.state, State::Gone(_)) {
+            return;
+        }
+        host.connection.flush();
+        let Received { incoming, any, mut problem } = host.connection.receive();
+        if any || matches!(host.state, State::Connecting) {
+            host.heard = now;
+        } else if problem.is_none() && now > host.heard + SILENCE {
+            problem = Some(format!("it has said nothing for {} s", SILENCE.as_secs()));
+        }
+        for one in incoming {
+            if let Err(what) = self.take(at, one) {
+                problem = Some(format!("the agent's words make no sense: {what}"));
+                break;
+            }
+        }
+        if let Some(problem) = problem {
+            self.lose(at, problem);
+        }
+    }
+
+    /// Takes in one message of a host. An agent speaks for the ranks of its own host only.
+    fn take(&mut self, at: usize, incoming: Incoming) -> Result<(), String> {
+        let now = self.now();
+        let own = |rank: usize, plan: &HostsPlan| {
+            if plan.host_of(rank) == Some(at) {
+                Ok(rank)
+            } else {
+                Err(format!("rank {rank} is not one of its own"))
+            }
+        };
+        match incoming {
+            Incoming::Output { rank, stream, bytes } => {
+                let rank = own(rank, &self.plan)?;
+                if stream == Stream::Stderr {
+                    self.ranks[rank].tail.push(&bytes);
+                }
+                let outputs = self.merger.push(now, rank, stream, &bytes);
+                self.write(outputs);
+            }
+            Incoming::Report(report) => match report {
+                Report::Hello(hello) => self.welcome(at, hello),
+                Report::Port(port) => self.port = Some(port),
+                Report::Started(pids) => {
+                    let first = self.plan.parts[at].first_rank;
+                    for (rank, pid) in
+                        self.ranks[first..].iter_mut().zip(pids).take(self.plan.parts[at].slots.len())
+                    {
+                        rank.pid = pid;
+                    }
+                    self.hosts[at].state = State::Running;
+                }
+                Report::Refused(what) => self.hosts[at].state = State::Gone(what),
+                Report::Note { warning, text } => {
+                    let text = format!("host {}: {text}", self.plan.parts[at].host);
+                    let ends = self.merger.end_lines();
+                    self.write(ends);
+                    if warning { self.console.warn(&text) } else { self.console.info(&text) }
+                }
+                Report::Ended { rank, ending, evidence, log } => {
+                    let rank = own(rank, &self.plan)?;
+                    let rest = self.merger.finish(rank);
+                    self.write(rest);
+                    let known = &mut self.ranks[rank];
+                    (known.evidence, known.log) = (evidence, log);
+                    let victim = is_victim(&known.tail.last_words());
+                    self.decide(Event::Ended { rank, ending, victim });
+                }
+                Report::Stopped { rank, signal } => {
+                    let rank = own(rank, &self.plan)?;
+                    self.decide(Event::Stopped { rank, signal });
+                }
+                Report::Continued { rank } => {
+                    let rank = own(rank, &self.plan)?;
+                    self.decide(Event::Continued { rank });
+                }
+                Report::Alive => {}
+            },
+        }
+        Ok(())
+    }
+
+    /// A host has answered.
+    fn welcome(&mut self, at: usize, hello: Hello) {
+        let ours = env!("CARGO_PKG_VERSION");
+        self.hosts[at].state = if hello.version == ours {
+            State::Ready
+        } else {
+            State::Gone(format!(
+                "its deepspeed ({}) has version {}, this one {ours}; install the same one on every host",
+                hello.program.display(),
+                hello.version
+            ))
+        };
+        self.hosts[at].hello = hello;
+    }
+
+    /// A host is of no use any more; ranks that still ran there are lost.
+    fn lose(&mut self, at: usize, what: String) {
+        let (first, count) = (self.plan.parts[at].first_rank, self.plan.parts[at].slots.len());
+        let was_running = matches!(self.hosts[at].state, State::Running);
+        if was_running {
+            for rank in first..first + count {
+                let rest = self.merger.finish(rank);
+                self.write(rest);
+                self.ranks[rank].evidence.get_or_insert_with(|| what.clone());
+            }
+        }
+        self.hosts[at].state = State::Gone(what);
+        if was_running {
+            self.decide(Event::HostLost { first, count });
+        }
+    }
+
+    /// Writes merged output; a reader that went away (`| head`) ends the job.
+    fn write(&mut self, outputs: Vec<Output>) {
+        for (stream, bytes) in outputs {
+            let result = match stream {
+                Stream::Stdout => write_all(&mut io::stdout().lock(), &bytes),
+                Stream::Stderr => write_all(&mut io::stderr().lock(), &bytes),
+            };
+            if result.is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+                && self.killed_at.is_none()
+            {
+                self.decide(Event::Interrupted(SIGPIPE));
+            }
+        }
+    }
+
+    /// Lets the state machine decide, and does what it says.
+    fn decide(&mut self, event: Event) {
+        let now = self.now();
+        let Some(action) = self.watch.on(now, event) else { return };
+        match action {
+            Action::PassOn(signal) => {
+                let name = signals::name(signal).unwrap_or("a signal");
+                let patience = Patience::default().interrupt.as_secs();
+                let ends = self.merger.end_lines();
+                self.write(ends);
+                self.console.info(&format!(
+                    "{name}: passed on to the ranks of every host, which have {patience} s to finish; once more ends \
+                     them at once"
+                ));
+                self.signal(if signal == SIGPIPE { SIGTERM } else { signal });
+            }
+            Action::Terminate => self.signal(SIGTERM),
+            Action::Kill => {
+                self.killed_at = Some(now);
+                self.signal(SIGKILL);
+            }
+        }
+    }
+
+    fn signal(&mut self, signal: i32) {
+        for host in self.hosts.iter_mut().filter(|host| matches!(host.state, State::Running)) {
+            host.connection.send(&Order::Signal(signal));
+        }
+    }
+
+    /// Closes every connection and waits until the hosts have ended what was left there.
+    fn close(&mut self, success: bool) {
+        for host in &mut self.hosts {
+            if success {
+                host.connection.send(&Order::Finish);
+            }
+            host.connection.close();
+        }
+        let began = Instant::now();
+        for (host, part) in self.hosts.iter_mut().zip(&self.plan.parts) {
+            if matches!(host.state, State::Connecting | State::Gone(_)) {
+                continue;
+            }
+            loop {
+                host.connection.drain();
+                if host.connection.await_end(Duration::from_millis(10)).is_some() {
+                    break;
+                }
+                if began.elapsed() > CLOSE {
+                    self.console.warn(&format!("host {}: its agent has not said that it ended", part.host));
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Says how it went.
+    fn conclude(&mut self) -> u8 {
+        let outcome = self.watch.outcome().unwrap_or(Outcome::Success);
+        let ends = self.merger.end_lines();
+        self.write(ends);
+        match outcome {
+            Outcome::Success => {}
+            Outcome::Failed { cause, ending } => {
+                let code = outcome.exit_code();
+                let report = report::compose(&self.watch, 0, (cause, ending), code, |rank| {
+                    let known = &self.ranks[rank];
+                    RankFacts {
+                        host: self
+                            .plan
+                            .host_of(rank)
+                            .map_or_else(String::new, |at| self.plan.parts[at].host.clone()),
+                        pid: known.pid,
+                        last_lines: known.tail.last_lines(),
+                        evidence: known.evidence.clone(),
+                        log: known.log.clone(),
+                    }
+                });
+                self.console.report(&report.to_string());
+            }
+            Outcome::Interrupted(signal) => {
+                let name = signals::name(signal).unwrap_or("a signal");
+                self.console.info(&format!("ended by {name}; no rank is left on any host"));
+            }
+        }
+        outcome.exit_code()
+    }
+}

@@ -1,0 +1,242 @@
+//! The ranks of this host as processes: started, read, signalled, collected. What is to be done with them is decided elsewhere, by
+//! [`crate::supervise`] in a job on one host and by the launcher at the other end of the connection in [`crate::agent`].
+//!
+//! - RANKS-1: a rank that is alive is in a process group of its own and dies with this process.
+//! - RANKS-2: after [`sweep`] no descendant of this process is left, but for those that hang in the kernel.
+
+use crate::descendants;
+use crate::error::LaunchError;
+use crate::guard::Guard;
+use crate::logs;
+use crate::merge::Stream;
+use crate::plan::LaunchPlan;
+use crate::signals::Ending;
+use crate::spawn::{self, Streams};
+use rustix::process::{Pid, Signal, WaitOptions};
+use std::fs::File;
+use std::io::{self, Read, Write as _};
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime};
+
+/// How long the sweep for left-over processes may take.
+const SWEEP: Duration = Duration::from_millis(500);
+
+struct Running {
+    pid: Pid,
+    alive: bool,
+    pipes: [Option<File>; 2],
+    log: Option<fs_err::File>,
+}
+
+/// The ranks of this host, by local rank.
+pub(crate) struct Ranks {
+    ranks: Vec<Running>,
+    guard: Guard,
+}
+
+/// What came out of a pipe.
+#[derive(Debug)]
+pub(crate) enum Chunk {
+    /// So many bytes.
+    Bytes(usize),
+    /// Nothing at the moment, but there may be more at once.
+    Again,
+    /// Nothing at the moment, or ever.
+    Nothing,
+    /// The rest is lost.
+    Lost(io::Error),
+}
+
+/// What became of a rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// It is over.
+    Ended(Ending),
+    /// This signal has stopped it.
+    Stopped(i32),
+    /// It goes on.
+    Continued,
+}
+
+impl Ranks {
+    /// None yet.
+    ///
+    /// # Errors
+    /// This process cannot become the parent of orphans.
+    pub(crate) fn new() -> Result<Self, LaunchError> {
+        // Orphans of ranks become children of this process, so that they can be found and ended.
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+            .map_err(|e| LaunchError::System { what: "becoming the parent of orphans", source: e.into() })?;
+        Ok(Self { ranks: Vec::new(), guard: Guard::start() })
+    }
+
+    /// Starts every rank of the plan. After an error, those that were started are ended.
+    ///
+    /// # Errors
+    /// A log file or a rank that cannot be had.
+    pub(crate) fn start(
+        &mut self,
+        plan: &LaunchPlan,
+        secret: &str,
+        streams: impl FnMut(usize) -> Streams,
+    ) -> Result<(), LaunchError> {
+        let started = self.start_each(plan, secret, streams);
+        if started.is_err() {
+            self.signal(Signal::KILL);
+            sweep();
+        }
+        started
+    }
+
+    fn start_each(
+        &mut self,
+        plan: &LaunchPlan,
+        secret: &str,
+        mut streams: impl FnMut(usize) -> Streams,
+    ) -> Result<(), LaunchError> {
+        let mut logs = match &plan.rank_log_dir {
+            Some(folder) => logs::create(folder, plan.ranks.iter().map(|rank| rank.rank), SystemTime::now())?,
+            None => Vec::new(),
+        }
+        .into_iter();
+        let launcher = rustix::process::getpid();
+        for (index, rank) in plan.ranks.iter().enumerate() {
+            let started = spawn::start(rank, secret, streams(index), launcher)?;
+            self.guard.started(started.pid);
+            self.ranks.push(Running {
+                pid: started.pid,
+                alive: true,
+                pipes: [Some(started.stdout), Some(started.stderr)],
+                log: logs.next(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The outputs that are still open.
+    pub(crate) fn pipes(&self) -> impl Iterator<Item = (usize, Stream, &File)> {
+        self.ranks.iter().enumerate().flat_map(|(index, rank)| {
+            [Stream::Stdout, Stream::Stderr]
+                .into_iter()
+                .filter_map(move |stream| Some((index, stream, rank.pipes[stream as usize].as_ref()?)))
+        })
+    }
+
+    /// An output, if it is still open.
+    pub(crate) fn pipe(&self, index: usize, stream: Stream) -> Option<&File> {
+        self.ranks.get(index)?.pipes[stream as usize].as_ref()
+    }
+
+    /// Takes what an output holds, up to one buffer.
+    pub(crate) fn read(&mut self, index: usize, stream: Stream, buffer: &mut [u8]) -> Chunk {
+        let slot = &mut self.ranks[index].pipes[stream as usize];
+        let Some(pipe) = slot else { return Chunk::Nothing };
+        match pipe.read(buffer) {
+            Ok(0) => {
+                *slot = None;
+                Chunk::Nothing
+            }
+            Ok(length) => Chunk::Bytes(length),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Chunk::Again,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Chunk::Nothing,
+            Err(error) => {
+                *slot = None;
+                // How a pseudo-terminal says that nobody holds its other end any more.
+                if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) {
+                    Chunk::Nothing
+                } else {
+                    Chunk::Lost(error)
+                }
+            }
+        }
+    }
+
+    /// Writes to the rank's log, if it has one; after an error it has none any more.
+    pub(crate) fn log(&mut self, index: usize, bytes: &[u8]) -> io::Result<()> {
+        let log = &mut self.ranks[index].log;
+        let Some(file) = log else { return Ok(()) };
+        let written = file.write_all(bytes);
+        if written.is_err() {
+            *log = None;
+        }
+        written
+    }
+
+    /// The path of the rank's log.
+    pub(crate) fn log_path(&self, index: usize) -> Option<PathBuf> {
+        self.ranks.get(index)?.log.as_ref().map(|log| PathBuf::from(log.path()))
+    }
+
+    /// What has become of a rank since the last call, one at a time; orphans are collected on the way.
+    pub(crate) fn reap(&mut self) -> Option<(usize, Change)> {
+        let options = WaitOptions::NOHANG | WaitOptions::UNTRACED | WaitOptions::CONTINUED;
+        while let Ok(Some((pid, status))) = rustix::process::wait(options) {
+            let Some(index) = self.ranks.iter().position(|rank| rank.alive && rank.pid == pid) else {
+                continue;
+            };
+            let change = if let Some(code) = status.exit_status() {
+                Change::Ended(Ending::Code(code))
+            } else if let Some(signal) = status.terminating_signal() {
+                Change::Ended(Ending::Signal(signal))
+            } else if let Some(signal) = status.stopping_signal() {
+                Change::Stopped(signal)
+            } else if status.continued() {
+                Change::Continued
+            } else {
+                continue;
+            };
+            if matches!(change, Change::Ended(_)) {
+                self.ranks[index].alive = false;
+                self.guard.ended(pid);
+            }
+            return Some((index, change));
+        }
+        None
+    }
+
+    /// Sends a signal to the process group of every rank that still runs.
+    pub(crate) fn signal(&self, signal: Signal) {
+        for rank in self.ranks.iter().filter(|rank| rank.alive) {
+            // The only possible failure is that the group is gone, which is what the signal is for.
+            let _ = rustix::process::kill_process_group(rank.pid, signal);
+        }
+    }
+
+    /// Whether the rank still runs.
+    pub(crate) fn is_alive(&self, index: usize) -> bool {
+        self.ranks.get(index).is_some_and(|rank| rank.alive)
+    }
+
+    /// Whether any rank still runs.
+    pub(crate) fn any_alive(&self) -> bool {
+        self.ranks.iter().any(|rank| rank.alive)
+    }
+
+    /// The process of each rank.
+    pub(crate) fn pid(&self, index: usize) -> i32 {
+        self.ranks[index].pid.as_raw_nonzero().get()
+    }
+
+    /// How many were started.
+    pub(crate) fn len(&self) -> usize {
+        self.ranks.len()
+    }
+}
+
+/// Ends what the ranks have left behind, whatever group or session it has moved to.
+pub(crate) fn sweep() {
+    let began = Instant::now();
+    let mut pause = Duration::from_micros(200);
+    loop {
+        while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+        let left = descendants::of(rustix::process::getpid());
+        if left.is_empty() || began.elapsed() > SWEEP {
+            return;
+        }
+        for pid in left {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+        std::thread::sleep(pause);
+        pause = (2 * pause).min(Duration::from_millis(20));
+    }
+}
