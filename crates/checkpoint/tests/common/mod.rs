@@ -97,7 +97,7 @@ impl Model {
         rank: usize,
         world: usize,
     ) -> Result<RankRecord> {
-        self.writer(disk, folder, rank, world, |writer| writer.finish())
+        self.writer(disk, folder, rank, world, RankWriter::finish)
     }
 
     /// What a rank has to save, in memory of its own.
