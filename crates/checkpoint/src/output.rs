@@ -36,20 +36,8 @@ impl Output {
     /// # Errors
     /// [`CheckpointError::Io`].
     pub(crate) fn begin(out: &Path) -> Result<Self> {
-        Self::start(out, false)
-    }
-
-    /// As [`Output::begin`]; if `out` is there, it is replaced with all that is in it, in one step.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Io`].
-    pub(crate) fn begin_whole(out: &Path) -> Result<Self> {
-        Self::start(out, true)
-    }
-
-    fn start(out: &Path, whole: bool) -> Result<Self> {
         let joins = match fs::metadata(out) {
-            Ok(metadata) if metadata.is_dir() => !whole,
+            Ok(metadata) if metadata.is_dir() => true,
             Ok(_) => {
                 let file = io::Error::from(io::ErrorKind::NotADirectory);
                 return Err(CheckpointError::io("write into", out)(file));
@@ -86,16 +74,6 @@ impl Output {
         Ok(OutputFile { file, shown: self.out.join(name) })
     }
 
-    /// Makes room for a file that somebody else writes; the folder to which `name` is relative.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Io`].
-    pub(crate) fn place(&mut self, name: &str) -> Result<PathBuf> {
-        create_dirs(&RealDisk, &parent(&self.staging.join(name)))?;
-        self.names.push(name.to_owned());
-        Ok(self.staging.clone())
-    }
-
     /// Creates a file with this content.
     ///
     /// # Errors
@@ -119,13 +97,7 @@ impl Output {
             RealDisk.rename(from, to).map_err(CheckpointError::io("rename the result to", to))
         };
         if !self.joins {
-            if self.out.exists() {
-                // What was there is then in the temporary folder, which goes.
-                let exchanged = RealDisk.exchange(&self.staging, &self.out);
-                exchanged.map_err(CheckpointError::io("replace", &self.out))?;
-            } else {
-                rename(&self.staging, &self.out)?;
-            }
+            rename(&self.staging, &self.out)?;
             return sync_dir(&parent(&self.out));
         }
         for name in &self.names {

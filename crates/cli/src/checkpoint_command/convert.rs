@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, ValueEnum};
-use deepspeed_checkpoint::{OriginalOptions, Result, Source, convert, write_original, write_universal};
+use deepspeed_checkpoint::{OriginalOptions, Result, Source, convert, write_original};
 use deepspeed_core::DType;
 
 use super::{SourceArgs, progress::Bar};
@@ -14,22 +14,22 @@ use crate::output::print;
 pub(super) struct ConvertArgs {
     #[command(flatten)]
     source: SourceArgs,
-    /// The folder for the result: of checkpoints, or for the universal format of the one checkpoint
+    /// The folder for the result: of checkpoints
     #[arg(value_name = "DST")]
     out: PathBuf,
     /// The format to write
     #[arg(long, value_enum, value_name = "FORMAT")]
     to: Format,
-    /// deepspeed-0.19, universal: the ZeRO stage of the engine that will load it; that of the source unless given
+    /// deepspeed-0.19: the ZeRO stage of the engine that will load it; that of the source unless given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=3))]
     stage: Option<u8>,
-    /// deepspeed-0.19, universal: the number of ranks that will load it; those of the source unless given
+    /// deepspeed-0.19: the number of ranks that will load it; those of the source unless given
     #[arg(long, alias = "world_size", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     world: Option<u32>,
-    /// deepspeed-0.19, universal: what the model computes in, if not as in the source
+    /// deepspeed-0.19: what the model computes in, if not as in the source
     #[arg(long, value_name = "DTYPE")]
     dtype: Option<DType>,
-    /// Replace what is there (ours, universal)
+    /// Replace what is there (ours)
     #[arg(long)]
     overwrite: bool,
 }
@@ -42,8 +42,6 @@ enum Format {
     /// The original's, for one stage and one number of ranks
     #[value(name = "deepspeed-0.19")]
     DeepSpeed019,
-    /// The original's universal format, which it loads at any number of ranks
-    Universal,
 }
 
 pub(super) fn run(args: &ConvertArgs) -> Result<ExitCode> {
@@ -52,11 +50,6 @@ pub(super) fn run(args: &ConvertArgs) -> Result<ExitCode> {
         let bar = Bar::new();
         match args.to {
             Format::Ours => convert::to_ours(&*source, &args.out, source.tag(), args.overwrite, &bar)?,
-            Format::Universal => {
-                let options = original_options(args, &*source);
-                write_universal(&*source, &args.out, options, args.overwrite)?;
-                args.out.clone()
-            }
             Format::DeepSpeed019 => {
                 write_original(&*source, &args.out, source.tag(), original_options(args, &*source))?
             }

@@ -9,7 +9,6 @@
 mod model;
 mod plan;
 mod shards;
-mod universal;
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -17,8 +16,6 @@ use std::{
 };
 
 use deepspeed_core::DType;
-
-pub use self::universal::write_universal;
 
 use self::{
     model::{Facts, model_plans},

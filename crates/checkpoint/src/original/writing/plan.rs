@@ -65,8 +65,7 @@ impl Plan {
     pub(super) fn write(&self, source: &dyn Source, folder: &Path) -> Result<()> {
         let path = folder.join(&self.name);
         let mut file = RealDisk.create_file(&path, 0).map_err(CheckpointError::io("create", &path))?;
-        // Readers take everything up to the first slash for the archive's name.
-        let archive = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("archive");
+        let archive = self.name.strip_suffix(".pt").unwrap_or(&self.name);
         {
             let sink = |bytes: &[u8]| file.write(bytes).map_err(CheckpointError::io("write", &path));
             let mut writer = TorchWriter::start(sink, archive, &self.object)?;

@@ -22,7 +22,7 @@ struct Part<'a> {
 }
 
 /// The kinds of the optimizer's state that a group's parameters have.
-pub(super) fn kinds(source: &dyn Source, group: &[(ParamRecord, usize)]) -> BTreeSet<String> {
+fn kinds(source: &dyn Source, group: &[(ParamRecord, usize)]) -> BTreeSet<String> {
     let kinds = group.iter().flat_map(|(param, _)| source.kinds(&param.name));
     kinds.filter(|kind| !matches!(*kind, kind::WEIGHT | kind::MASTER)).map(str::to_owned).collect()
 }
@@ -78,7 +78,7 @@ fn entry<'a>(
 }
 
 /// The optimizer's options of a group, with the numbers of its runs.
-pub(super) fn options(facts: &Facts, group: usize, runs: Vec<Object>) -> Object {
+fn options(facts: &Facts, group: usize, runs: Vec<Object>) -> Object {
     let mut options = facts.options[group].clone();
     options.push(("params".into(), Object::List(runs)));
     Object::Dict(options)
