@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toys  # noqa: F401  puts the toy models on the path of the ranks
+import toys  # puts the toy models on the path of the ranks
 
 from harness import run_ranks
 from toy import build, config, digest, micro_step, run, start
@@ -42,10 +42,10 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, stage: int, prec
     for found in run_ranks(behind_and_still, 2, str(tmp_path), stage, precision):
         first = found["through still"]
         assert all(other == first for other in found.values())
-    for name in sorted(os.listdir(tmp_path / "still")):
+    for name in toys.listed(tmp_path / "still"):
         if name.startswith(("weights", "optimizer")):
             assert (tmp_path / "still" / name).read_bytes() == (tmp_path / "behind" / name).read_bytes(), name
-    assert sorted(os.listdir(tmp_path)) == ["behind", "latest", "still"]
+    assert toys.listed(tmp_path) == ["behind", "latest", "still"]
 
 
 def in_a_row(folder: str) -> list[str]:
@@ -54,7 +54,7 @@ def in_a_row(folder: str) -> list[str]:
     for index in range(5):
         micro_step(engine, index)
         engine.save_checkpoint(folder)
-    return sorted(os.listdir(folder))
+    return toys.listed(folder)
 
 
 def test_one_at_a_time_and_the_last_few_are_kept(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def failing(folder: str, how: str, rank: int) -> tuple[str, str, list[str]]:
     run(engine, 2)
     engine.save_checkpoint(folder, "after")
     engine.wait_for_checkpoint()
-    return said, digest(engine.module), sorted(os.listdir(folder))
+    return said, digest(engine.module), toys.listed(folder)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toys  # noqa: F401  puts the toy models on the path of the ranks
+import toys  # puts the toy models on the path of the ranks
 
 from harness import run_outcomes, run_ranks
 from toy import build, config, digest, micro_step, run, start
@@ -53,7 +53,7 @@ def test_a_save_on_one_rank_only(tmp_path: Path, block: dict[str, Any]) -> None:
         assert "checkpoint tag" in text, text
         assert seconds < 20, text
     assert (tmp_path / "latest").read_text() == "good"
-    assert sorted(os.listdir(tmp_path)) == ["good", "latest"]
+    assert toys.listed(tmp_path) == ["good", "latest"]
 
 
 def different_tags(folder: str) -> tuple[str, float]:
@@ -69,7 +69,7 @@ def test_tags_that_differ(tmp_path: Path) -> None:
     for text, seconds in run_ranks(different_tags, 2, str(tmp_path)):
         assert "rank 0 has `tag0`, rank 1 has `tag1`" in text
         assert seconds < 20
-    assert sorted(os.listdir(tmp_path)) == ["good", "latest"]
+    assert toys.listed(tmp_path) == ["good", "latest"]
 
 
 def no_room(folder: str, rank: int) -> tuple[tuple[str, float], tuple[str, float]]:
@@ -91,7 +91,7 @@ def test_a_file_that_cannot_grow(tmp_path: Path, rank: int) -> None:
         for text, seconds in texts:
             assert text.startswith(f"CheckpointError: rank {rank}: cannot") and "File too large" in text, text
             assert seconds < 20
-    assert sorted(os.listdir(tmp_path)) == ["good", "latest"]
+    assert toys.listed(tmp_path) == ["good", "latest"]
     (steps,) = run_ranks(loaded_steps, 1, str(tmp_path), "good")
     assert steps == 1
 
@@ -146,7 +146,7 @@ def full_disk(folder: str, block: dict[str, Any]) -> tuple[str, tuple[str, float
     torch_barrier()
     engine.load_checkpoint(folder)
     assert engine.global_steps == 1
-    return "", found, sorted(os.listdir(folder))
+    return "", found, toys.listed(folder)
 
 
 def torch_barrier() -> None:
