@@ -97,7 +97,11 @@ impl Model {
         rank: usize,
         world: usize,
     ) -> Result<RankRecord> {
-        self.writer(disk, folder, rank, world, RankWriter::finish)
+        #[expect(
+            clippy::redundant_closure_for_method_calls,
+            reason = "the method itself is not general enough"
+        )]
+        self.writer(disk, folder, rank, world, |writer| writer.finish())
     }
 
     /// What a rank has to save, in memory of its own.
