@@ -43,10 +43,14 @@ def save_until_killed(folder: str, stage: int, block: dict[str, Any], moment: fl
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=die, daemon=True).start()
-    for index in range(engine.global_steps, STEPS):
+    first = engine.global_steps
+    for index in range(first, STEPS):
         micro_step(engine, index)
         engine.save_checkpoint(folder)
-        (signs / str(engine.global_rank)).touch()
+        if index == first:
+            # There is something to go on from before anybody is killed.
+            engine.wait_for_checkpoint()
+            (signs / str(engine.global_rank)).touch()
 
 
 def go_on(folder: str, stage: int, block: dict[str, Any]) -> tuple[int, str, float]:
