@@ -19,6 +19,11 @@ SCHEDULE = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "warmup_m
 FP16 = {"enabled": True, "initial_scale_power": 14, "loss_scale_window": 2}
 
 
+def entries(folder: str) -> list[str]:
+    """What is in a checkpoint directory, but for the scripts that are put beside checkpoints."""
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".py"))
+
+
 def settings(stage: int, precision: str, accumulation: int = 1) -> dict[str, Any]:
     more: dict[str, Any] = {"scheduler": SCHEDULE, "gradient_clipping": 1.0}
     if precision == "fp16":
@@ -172,7 +177,7 @@ def tags(folder: str, rule: str) -> tuple[str, list[str], list[str]]:
     try:
         for _ in range(2):
             engine.save_checkpoint(folder, 0.25 + engine.global_rank)
-        return "", sorted(os.listdir(folder)), said
+        return "", entries(folder), said
     except Exception as error:
         return f"{type(error).__name__}: {error}", os.listdir(folder), said
 
@@ -203,7 +208,7 @@ def default_tag(folder: str) -> tuple[Any, ...]:
         engine.load_checkpoint(folder, "nowhere")
     except Exception as error:
         missing = f"{type(error).__name__}: {error}"
-    return os.path.basename(path), state, missing, sorted(os.listdir(folder))
+    return os.path.basename(path), state, missing, entries(folder)
 
 
 def test_the_default_tag_and_the_latest(tmp_path: Path) -> None:
@@ -384,7 +389,7 @@ def overwrite(folder: str) -> list[str]:
         engine.save_checkpoint(folder, "same", client_state={"index": index})
     engine.load_checkpoint(folder)
     found.append(str(engine.global_steps))
-    return found + sorted(os.listdir(folder))
+    return found + entries(folder)
 
 
 def test_a_tag_may_be_written_again(tmp_path: Path) -> None:
