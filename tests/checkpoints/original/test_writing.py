@@ -14,7 +14,7 @@ import torch
 from harness import run_command, run_ranks
 from original_cases import all_cases, client_state
 from original_model import AFTER, BEFORE, train
-from record import run_ranks as run_peer
+from record_original import run_ranks as run_peer
 from test_original import TOLERANCE, assert_close, plain, start
 
 HERE = Path(__file__).parent

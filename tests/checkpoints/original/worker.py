@@ -1,6 +1,6 @@
 """One rank of the recording: trains, saves and trains on in every case of its world, with the original.
 
-Started by record.py with the usual variables. Writes checkpoints to OUT/CASE and its numbers to OUT/CASE/rankN.json.
+Started by record_original.py with the usual variables. Writes checkpoints to OUT/CASE and its numbers to OUT/CASE/rankN.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Records small checkpoints of the original and what its own runs do next, as tests/checkpoints/original/recorded.tar.xz.
 
 benches/peer-venv.sh FOLDER
-python tests/checkpoints/original/record.py --python FOLDER/bin/python [--only TEXT] [--keep OUT]
+python tests/checkpoints/original/record_original.py --python FOLDER/bin/python [--only TEXT] [--keep OUT]
 """
 
 from __future__ import annotations
