@@ -409,7 +409,7 @@ def load_bad(folder: str) -> tuple[str, bool]:
     return error, digest(engine.module) == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "manifest", "latest"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "manifest"])
 def test_a_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
     run_ranks(save_good, 2, str(tmp_path))
     victim = max((p for p in (tmp_path / "good").iterdir() if p.is_file()), key=lambda p: p.stat().st_size)
@@ -421,13 +421,22 @@ def test_a_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
         victim.write_bytes(data)
     elif damage == "gone":
         victim.unlink()
-    elif damage == "manifest":
+    else:
         victim = tmp_path / "good" / "manifest.json"
         victim.write_text(victim.read_text()[:-20])
-    else:
-        (tmp_path / "latest").write_text("nowhere")
-        victim = tmp_path / "nowhere"
     for error, untouched in run_ranks(load_bad, 2, str(tmp_path)):
         assert error.startswith("CheckpointError"), error
         assert victim.name in error, error
         assert untouched, "weights have changed although the checkpoint is damaged"
+
+
+def load_latest(folder: str) -> tuple[str | None, int]:
+    engine = start(config(2, "bf16"), build(seed=5))
+    path, _ = engine.load_checkpoint(folder)
+    return path, engine.global_steps
+
+
+def test_where_latest_names_nothing_the_newest_complete_one_is_taken(tmp_path: Path) -> None:
+    run_ranks(save_good, 2, str(tmp_path))
+    (tmp_path / "latest").write_text("nowhere")
+    assert run_ranks(load_latest, 2, str(tmp_path)) == [(str(tmp_path / "good"), 1)] * 2
