@@ -23,6 +23,10 @@ const fn gathering(path: &'static str, kind: Kind, default: &'static str, meanin
 const MAPPED: &str =
     "weights on a disk are mapped: the system reads them when they are used and keeps what fits";
 
+/// Why nothing chooses whether memory is pinned.
+const PINNED: &str =
+    "host memory that an accelerator copies from or to is always pinned, and a CPU has no use for it";
+
 const DEVICES: Kind = Kind::Choice(&["none", "cpu", "nvme"]);
 
 pub(super) const SETTINGS: &[Setting] = &[
@@ -182,7 +186,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         Kind::Bool,
         "true",
         "Use pinned host memory where there is an accelerator.",
-        "a CPU has no use for pinned memory, and this version trains on CPUs",
+        PINNED,
     ),
     built(
         "zero_optimization.offload_optimizer",
@@ -213,7 +217,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         Kind::Bool,
         "true",
         "Use pinned host memory where there is an accelerator.",
-        "a CPU has no use for pinned memory, and this version trains on CPUs",
+        PINNED,
     ),
     built(
         "zero_optimization.offload_optimizer.pipeline_read",
