@@ -49,8 +49,8 @@ struct MemoryCommand {
 fn main() -> ExitCode {
     let args: Vec<OsString> = env::args_os().collect();
     // What the launcher starts on another host; never a script.
-    if args.len() == 2 && args[1] == deepspeed_launch::AGENT_COMMAND {
-        return deepspeed_launch::agent_main();
+    if args.get(1).is_some_and(|word| word == deepspeed_launch::AGENT_COMMAND) {
+        return deepspeed_launch::agent_main(args.into_iter().skip(2));
     }
     let word = args.get(1).and_then(|word| word.to_str()).filter(|word| !Path::new(word).exists());
     match word {

@@ -84,6 +84,8 @@ pub(crate) enum Report {
     Stopped { rank: usize, signal: i32 },
     /// A rank that was stopped goes on.
     Continued { rank: usize },
+    /// The agent was told to end by something else than the launcher; it says so before it ends its ranks.
+    Leaving(String),
     /// The agent is there.
     Alive,
 }
