@@ -35,6 +35,9 @@ impl PyEngine {
             (0..layout.units.len()).map(|unit| self.engine.is_on_device(unit)).collect();
         let mut out = Vec::new();
         for (unit, (mut gradient, mut master)) in layout.units.iter().zip(self.engine.shard_memory()) {
+            if on_device[unit.id.index()] {
+                continue;
+            }
             let shard = unit.shard(rank);
             let gradient = gradient.as_bytes_mut().as_mut_ptr() as usize;
             let master = master.as_mut().map(|span| span.as_bytes_mut().as_mut_ptr() as usize);

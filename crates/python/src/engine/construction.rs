@@ -66,7 +66,7 @@ impl PyEngine {
         let settings =
             Settings::from_config(&config.config, world, &origin, threads).map_err(IntoPyErr::into_py_err)?;
         // What the host's memory is to hold of values that are elsewhere.
-        let wanted = device.is_none() || settings.state_on_host;
+        let wanted = device.is_none() || settings.state_on_host > 0.0;
         let scaler = loss_scaler(&config.config).map_err(IntoPyErr::into_py_err)?;
         let mut specs = Vec::with_capacity(names.len());
         let mut arguments = Vec::with_capacity(names.len());
@@ -139,6 +139,7 @@ impl PyEngine {
                     device.load_weight(py, number, tensor)?;
                 }
             }
+            engine.give_back_units().map_err(IntoPyErr::into_py_err)?;
         }
         let parameters = tensors.into_iter().map(Bound::unbind).collect();
         let units = engine.unit_params();
