@@ -64,8 +64,10 @@ pub(crate) fn resolve(
         "by ssh, where every host must answer before a rank is started",
         &mut notes,
     );
-    let connections =
-        parts.iter().map(|part| ssh(args, surroundings, &part.host)).collect::<Result<Vec<_>, _>>()?;
+    let connections = parts
+        .iter()
+        .map(|part| ssh_line(args, &part.host, &remote_command(args, surroundings)))
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(HostsPlan { runner, parts, connections, folder: surroundings.folder.clone(), notes })
 }
 
@@ -104,8 +106,11 @@ pub(crate) fn environment(
     env
 }
 
-/// The ssh command line for a host. What the user gives comes first: ssh takes the first value of an option.
-fn ssh(args: &LaunchArgs, surroundings: &Surroundings, host: &str) -> Result<Vec<OsString>, LaunchError> {
+/// The ssh command line that gives `command` to a host's login shell. What the user gives comes first: ssh takes the first value of an option.
+///
+/// # Errors
+/// A host's name that ssh could misread, `--launcher_args` that cannot be split.
+pub(crate) fn ssh_line(args: &LaunchArgs, host: &str, command: &str) -> Result<Vec<OsString>, LaunchError> {
     check_name(host)?;
     let mut line: Vec<OsString> = vec!["ssh".into()];
     line.extend(words::split(&args.launcher_args)?.into_iter().map(OsString::from));
@@ -124,7 +129,7 @@ fn ssh(args: &LaunchArgs, surroundings: &Surroundings, host: &str) -> Result<Vec
     ] {
         line.extend(["-o".into(), option.into()]);
     }
-    line.extend(["--".into(), host.into(), remote_command(args, surroundings).into()]);
+    line.extend(["--".into(), host.into(), command.into()]);
     Ok(line)
 }
 

@@ -46,17 +46,22 @@
 
 mod agent;
 mod args;
+mod columns;
 mod connection;
 mod console;
 mod cores;
 mod descendants;
 mod display;
+pub mod doctor;
 mod env_file;
 mod error;
+mod everywhere;
 mod evidence;
+pub mod facts;
 mod filters;
 mod frame;
 mod guard;
+mod host_args;
 mod host_part;
 mod hostfile;
 mod hosts;
@@ -87,8 +92,11 @@ mod watch;
 mod words;
 
 pub use args::{DEFAULT_HOSTFILE, LaunchArgs, LogLevel};
+pub use columns::Columns;
 pub use error::LaunchError;
+pub use everywhere::on_every_host;
 pub use filters::{Direction, HostFilter, HostSlots, Slot};
+pub use host_args::HostArgs;
 pub use host_part::{HostPart, Program};
 pub use hosts_plan::{AGENT_COMMAND, HostsPlan};
 pub use plan::{Interpreter, LaunchPlan, Note, Plan, RankPlan, SECRET_VARIABLE, resolve};
