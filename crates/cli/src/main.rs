@@ -26,8 +26,8 @@ const RUN: &str = "__run";
 fn main() -> ExitCode {
     let mut args: Vec<OsString> = env::args_os().collect();
     // What the launcher starts on another host; never a script.
-    if args.len() == 2 && args[1] == deepspeed_launch::AGENT_COMMAND {
-        return deepspeed_launch::agent_main();
+    if args.get(1).is_some_and(|word| word == deepspeed_launch::AGENT_COMMAND) {
+        return deepspeed_launch::agent_main(args.into_iter().skip(2));
     }
     if args.len() >= 2 && args[1] == bench_command::RANK_COMMAND {
         return bench_command::rank_main(&args[2..]);

@@ -15,12 +15,14 @@ use crate::port;
 use crate::preflight;
 use crate::ranks::{self, Change, Chunk, Ranks};
 use crate::resources::{self, Device};
+use crate::signals;
 use crate::spawn::Streams;
 use crate::surroundings::Surroundings;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
 use signal_hook::consts::signal::{SIGCHLD, SIGWINCH};
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -42,8 +44,10 @@ const BACKLOG: usize = 4 * 1024 * 1024;
 enum Over {
     /// The launcher says that all went well.
     Finished,
-    /// The connection is closed, or what came through it makes no sense, or this process was told to end.
+    /// The connection is closed, or what came through it makes no sense.
     Closed,
+    /// This process was told to end, by this signal.
+    Told(i32),
 }
 
 struct Agent {
@@ -78,23 +82,50 @@ pub(crate) fn run() -> Result<(), LaunchError> {
         heard: Duration::ZERO,
         beat: Duration::ZERO,
     };
-    agent.tell(&Report::Hello(hello(std::env::var("SSH_CONNECTION").ok().as_deref())));
+    let ends = socket_ends().or_else(|| ssh_ends(std::env::var("SSH_CONNECTION").ok()?.as_str()));
+    agent.tell(&Report::Hello(hello(ends)));
     let over = agent.serve(&mut inbox);
+    if let Ok(Over::Told(signal)) = over {
+        let signal = signals::name(signal).unwrap_or("a signal");
+        agent.tell(&Report::Leaving(format!("its agent was told to end by {signal}")));
+        // If the launcher cannot be told, it is not there.
+        let _ = agent.send();
+    }
     if !matches!(over, Ok(Over::Finished)) {
         agent.end_all();
     }
     over.map(|_| ())
 }
 
-/// How this host presents itself; `connection` is sshd's: the client's address and port, the server's address and port.
-fn hello(connection: Option<&str>) -> Hello {
-    let words: Vec<&str> = connection.unwrap_or_default().split_whitespace().collect();
+/// The two ends of a connection as addresses: the launcher's, and this host's.
+type Ends = (String, String);
+
+/// Those of the socket that is this process's input; `None` where it is none.
+fn socket_ends() -> Option<Ends> {
+    let address = |end: rustix::net::SocketAddrAny| {
+        Some(SocketAddr::try_from(end).ok()?.ip().to_canonical().to_string())
+    };
+    Some((
+        address(rustix::net::getpeername(io::stdin()).ok()??)?,
+        address(rustix::net::getsockname(io::stdin()).ok()?)?,
+    ))
+}
+
+/// Those of sshd's `SSH_CONNECTION`: the client's address and port, the server's address and port.
+fn ssh_ends(connection: &str) -> Option<Ends> {
+    let words: Vec<&str> = connection.split_whitespace().collect();
+    Some(((*words.first()?).to_owned(), (*words.get(2)?).to_owned()))
+}
+
+/// How this host presents itself.
+fn hello(ends: Option<Ends>) -> Hello {
+    let (reached_from, reached_at) = ends.unzip();
     Hello {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         program: std::env::current_exe().unwrap_or_default(),
         hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
-        reached_at: words.get(2).map(|word| (*word).to_owned()),
-        reached_from: words.first().map(|word| (*word).to_owned()),
+        reached_at,
+        reached_from,
     }
 }
 
@@ -124,7 +155,7 @@ impl Agent {
                 match signal {
                     SIGCHLD => self.reap(),
                     SIGWINCH => {}
-                    _ => return Ok(Over::Closed),
+                    _ => return Ok(Over::Told(signal)),
                 }
             }
             if let Some(over) = self.read_orders()? {
@@ -302,12 +333,17 @@ impl Agent {
         if let Some(accelerator) = start.part.env.get("DS_ACCELERATOR") {
             surroundings.accelerator = Some(accelerator.clone());
         }
-        // The hostfile says which GPUs to use.
-        surroundings.visible_devices = None;
+        let mut part = start.part.clone();
+        // The hostfile says which GPUs to use; in a Slurm job, which of those that the job has been given.
+        if let Some(given) = surroundings.visible_devices.take()
+            && std::env::var_os("SLURM_JOB_ID").is_some()
+        {
+            part.slots = resources::among(&given, &part.slots)?;
+        }
         let mut notes = Vec::new();
         let device = resources::device(&surroundings, &mut notes)?;
         if device == Device::Gpu {
-            for slot in &start.part.slots {
+            for slot in &part.slots {
                 if let Slot::Index(index) = slot
                     && *index as usize >= surroundings.gpus
                 {
@@ -315,7 +351,7 @@ impl Agent {
                 }
             }
         }
-        let plan = plan::on_host(&start.part, &surroundings, device, notes)?;
+        let plan = plan::on_host(&part, &surroundings, device, notes)?;
         preflight::check_script(&plan)?;
         for note in &plan.notes {
             self.tell(&Report::Note { warning: note.warning, text: note.text.clone() });
@@ -358,9 +394,9 @@ mod tests {
 
     #[test]
     fn the_addresses_of_the_connection() {
-        let hello = hello(Some("10.0.0.1 50000 10.0.0.2 22"));
+        let hello = hello(ssh_ends("10.0.0.1 50000 10.0.0.2 22"));
         assert_eq!(hello.reached_at.as_deref(), Some("10.0.0.2"));
         assert_eq!(hello.reached_from.as_deref(), Some("10.0.0.1"));
-        assert_eq!(super::hello(None).reached_at, None);
+        assert_eq!(super::hello(ssh_ends("")).reached_at, None);
     }
 }

@@ -120,7 +120,7 @@ pub struct LaunchArgs {
     #[arg(long = "dry_run", help_heading = heading::OUTPUT)]
     pub dry_run: bool,
 
-    /// How to reach the other hosts: ssh; not built yet: pdsh, openmpi, mpich, impi, slurm, mvapich [default: ssh]
+    /// How to reach the other hosts: ssh, pdsh, openmpi, mpich, impi, mvapich or slurm [default: ssh]
     #[arg(long, value_name = "NAME", help_heading = heading::HOSTS)]
     pub launcher: Option<String>,
 
@@ -128,6 +128,11 @@ pub struct LaunchArgs {
     #[arg(long = "launcher_args", value_name = "ARGS", help_heading = heading::HOSTS, default_value = "",
           hide_default_value = true, allow_hyphen_values = true)]
     pub launcher_args: String,
+
+    /// This machine's address as the hosts see it, for runners other than ssh [default: that on the way to them]
+    #[arg(long = "launcher_addr", value_name = "ADDRESS", help_heading = heading::HOSTS, default_value = "",
+          hide_default_value = true)]
+    pub launcher_addr: String,
 
     /// The place of this host among the hosts, with --no_ssh
     #[arg(long = "node_rank", value_name = "N", help_heading = heading::HOSTS, default_value_t = -1,

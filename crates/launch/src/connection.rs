@@ -1,4 +1,4 @@
-//! The connection to one host: an ssh client with an agent at its other end.
+//! The connection to one host, with an agent at its other end: an ssh client of its own, or a socket once the agent has called back.
 
 use crate::error::LaunchError;
 use crate::frame::{self, Decoder};
@@ -7,10 +7,12 @@ use crate::spawn;
 use crate::ssh_error;
 use rustix::event::{PollFd, PollFlags};
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// So much of what ssh says is kept.
@@ -19,13 +21,17 @@ const KEPT: usize = 16 * 1024;
 /// How long an ssh client whose connection is closed may take to end.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// An open connection. When it is dropped, the client ends, and with it all that runs on the host.
+/// A connection. When it is dropped, it closes, and with it ends all that runs on the host.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    child: Child,
-    stdin: Option<ChildStdin>,
-    stdout: Option<ChildStdout>,
+    /// The ssh client; `None` where the agent calls back.
+    child: Option<Child>,
+    /// Where orders go; `None` once closed, or before a call.
+    input: Option<File>,
+    /// Where reports come from; the same.
+    output: Option<File>,
     stderr: Option<ChildStderr>,
+    called: bool,
     decoder: Decoder,
     greeted: bool,
     outgoing: Vec<u8>,
@@ -60,32 +66,58 @@ impl Connection {
             .process_group(0);
         spawn::tie_to_launcher(&mut command, rustix::process::getpid(), None);
         let mut child = command.spawn().map_err(error)?;
-        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        let unblock = |fd: Option<std::os::fd::BorrowedFd<'_>>| -> io::Result<()> {
-            Ok(fd.map_or(Ok(()), |fd| rustix::io::ioctl_fionbio(fd, true))?)
-        };
-        unblock(stdin.as_ref().map(AsFd::as_fd)).map_err(error)?;
-        unblock(stdout.as_ref().map(AsFd::as_fd)).map_err(error)?;
-        unblock(stderr.as_ref().map(AsFd::as_fd)).map_err(error)?;
-        Ok(Self {
-            child,
-            stdin,
-            stdout,
-            stderr,
+        let input = child.stdin.take().map(OwnedFd::from).map(File::from);
+        let output = child.stdout.take().map(OwnedFd::from).map(File::from);
+        let stderr = child.stderr.take();
+        unblock(input.as_ref())
+            .and_then(|()| unblock(output.as_ref()))
+            .and_then(|()| unblock(stderr.as_ref()))
+            .map_err(error)?;
+        let mut connection = Self::awaited();
+        (connection.child, connection.input, connection.output) = (Some(child), input, output);
+        connection.stderr = stderr;
+        Ok(connection)
+    }
+
+    /// That of a host whose agent will call back.
+    pub(crate) fn awaited() -> Self {
+        Self {
+            child: None,
+            input: None,
+            output: None,
+            stderr: None,
+            called: false,
             decoder: Decoder::default(),
             greeted: false,
             outgoing: Vec::new(),
             said: Vec::new(),
-        })
+        }
+    }
+
+    /// The agent has called: `stream` does not block.
+    ///
+    /// # Errors
+    /// The system has no further descriptor.
+    pub(crate) fn adopt(&mut self, stream: TcpStream) -> io::Result<()> {
+        let stream = OwnedFd::from(stream);
+        self.input = Some(File::from(stream.try_clone()?));
+        self.output = Some(File::from(stream));
+        self.called = true;
+        Ok(())
+    }
+
+    /// Whether the agent is yet to call.
+    fn is_awaited(&self) -> bool {
+        self.child.is_none() && !self.called
     }
 
     /// What to wait for.
     pub(crate) fn poll_fds(&self) -> Vec<PollFd<'_>> {
         let mut fds = Vec::with_capacity(3);
-        if let Some(stdin) = self.stdin.as_ref().filter(|_| !self.outgoing.is_empty()) {
-            fds.push(PollFd::new(stdin, PollFlags::OUT));
+        if let Some(input) = self.input.as_ref().filter(|_| !self.outgoing.is_empty()) {
+            fds.push(PollFd::new(input, PollFlags::OUT));
         }
-        fds.extend(self.stdout.as_ref().map(|stdout| PollFd::new(stdout, PollFlags::IN)));
+        fds.extend(self.output.as_ref().map(|output| PollFd::new(output, PollFlags::IN)));
         fds.extend(self.stderr.as_ref().map(|stderr| PollFd::new(stderr, PollFlags::IN)));
         fds
     }
@@ -102,12 +134,12 @@ impl Connection {
 
     /// Sends what is queued, as far as the connection takes it. That it is closed shows in reading.
     pub(crate) fn flush(&mut self) {
-        while let Some(stdin) = self.stdin.as_mut().filter(|_| !self.outgoing.is_empty()) {
-            match stdin.write(&self.outgoing) {
+        while let Some(input) = self.input.as_mut().filter(|_| !self.outgoing.is_empty()) {
+            match input.write(&self.outgoing) {
                 Ok(length) => drop(self.outgoing.drain(..length)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.stdin = None,
+                Err(_) => self.input = None,
             }
         }
     }
@@ -115,11 +147,11 @@ impl Connection {
     /// What has come, up to one buffer.
     pub(crate) fn receive(&mut self) -> Received {
         self.listen_to_ssh();
-        let mut closed = self.stdout.is_none();
+        let mut closed = self.output.is_none() && !self.is_awaited();
         let mut any = false;
         let mut buffer = [0; 64 * 1024];
-        if let Some(stdout) = &mut self.stdout {
-            match stdout.read(&mut buffer) {
+        if let Some(output) = &mut self.output {
+            match output.read(&mut buffer) {
                 Ok(0) => closed = true,
                 Ok(length) => {
                     any = true;
@@ -136,7 +168,7 @@ impl Connection {
             problem = Some(self.last_words());
         }
         if problem.is_some() {
-            self.stdout = None;
+            self.output = None;
         }
         Received { incoming, any, problem }
     }
@@ -182,6 +214,9 @@ impl Connection {
 
     /// Why a connection has closed.
     fn last_words(&mut self) -> String {
+        if self.called {
+            return "the connection to its agent has closed".to_owned();
+        }
         let ended = self.await_end(LAST_WORDS);
         self.listen_to_ssh();
         let said = String::from_utf8_lossy(&self.said).into_owned();
@@ -189,11 +224,23 @@ impl Connection {
         ssh_error::explain(self.greeted, ended, &said, &noise)
     }
 
-    /// Waits for the ssh client to end; its exit code, or 128 and the signal's number.
+    /// Waits for the ssh client to end; its exit code, or 128 and the signal's number. Without a client: waits for the agent to close the
+    /// connection, which is the last that it does, and gives 0.
     pub(crate) fn await_end(&mut self, patience: Duration) -> Option<i32> {
         let began = Instant::now();
         loop {
-            match self.child.try_wait() {
+            let Some(child) = &mut self.child else {
+                self.drain();
+                if self.output.is_none() {
+                    return Some(0);
+                }
+                if began.elapsed() >= patience {
+                    return None;
+                }
+                std::thread::sleep(Duration::from_millis(2));
+                continue;
+            };
+            match child.try_wait() {
                 Ok(Some(status)) => {
                     use std::os::unix::process::ExitStatusExt;
                     return status.code().or_else(|| status.signal().map(|signal| 128 + signal));
@@ -207,17 +254,24 @@ impl Connection {
     /// Closes the sending side: the agent ends all that runs on its host, and itself.
     pub(crate) fn close(&mut self) {
         self.flush();
-        self.stdin = None;
+        if let Some(input) = self.input.take()
+            && self.called
+        {
+            // The other half stays open, for what the agent still says. One that is gone needs no such word.
+            let _ = rustix::net::shutdown(&input, rustix::net::Shutdown::Write);
+        }
     }
 
     /// Takes in and drops what still comes, so that the agent is not held up by it.
     pub(crate) fn drain(&mut self) {
         let mut buffer = [0; 64 * 1024];
-        while let Some(stdout) = &mut self.stdout {
-            match stdout.read(&mut buffer) {
-                Ok(0) => self.stdout = None,
+        while let Some(output) = &mut self.output {
+            match output.read(&mut buffer) {
+                Ok(0) => self.output = None,
                 Ok(_) => {}
-                Err(_) => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => self.output = None,
             }
         }
     }
@@ -225,9 +279,16 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.stdin = None;
-        // What cannot be ended any more has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.input = None;
+        if let Some(child) = &mut self.child {
+            // What cannot be ended any more has ended.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
+}
+
+/// Makes reading and writing return at once.
+pub(crate) fn unblock(fd: Option<&impl AsFd>) -> io::Result<()> {
+    Ok(fd.map_or(Ok(()), |fd| rustix::io::ioctl_fionbio(fd, true))?)
 }

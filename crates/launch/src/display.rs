@@ -6,6 +6,7 @@ use crate::hosts_plan::HostsPlan;
 use crate::plan::{Interpreter, LaunchPlan, Note, Plan, SECRET_VARIABLE};
 use crate::report::ranks;
 use crate::resources::Device;
+use crate::runner::Runner;
 use crate::words::{join, quote};
 use std::ffi::OsStr;
 use std::fmt;
@@ -42,9 +43,20 @@ impl fmt::Display for HostsPlan {
             f,
             "  and what its host decides: CUDA_VISIBLE_DEVICES where it has GPUs, OMP_NUM_THREADS, cores"
         )?;
-        for (part, connection) in self.parts.iter().zip(&self.connections) {
+        let is_for_all = self.runner != Runner::Ssh;
+        if is_for_all {
+            writeln!(
+                f,
+                "\nan agent on each host is started by one line, and calls back at ADDRESS:PORT, which are this machine's; they \
+                         and FINGERPRINT are new for each job"
+            )?;
+            self.connections.iter().try_for_each(|line| writeln!(f, "  {}", join(line)))?;
+        }
+        for (at, part) in self.parts.iter().enumerate() {
             writeln!(f, "\nhost {}: slots {}", part.host, list_slots(&part.slots))?;
-            writeln!(f, "  {}", join(connection))?;
+            if let Some(line) = self.connections.get(at).filter(|_| !is_for_all) {
+                writeln!(f, "  {}", join(line))?;
+            }
             for local_rank in 0..part.slots.len() {
                 let rank = part.first_rank + local_rank;
                 let python =

@@ -212,14 +212,45 @@ pub enum LaunchError {
         hosts: usize,
     },
 
-    /// A host's name that could be mistaken for something else on its way to ssh.
+    /// A host's name that could be mistaken for something else on its way to the runner.
     #[error(
-        "the host '{host}' cannot be reached by ssh: a name has letters, digits and any of . - _ @ : % [ ], and does not \
+        "the host '{host}' cannot be reached by {runner}: a name has letters, digits and any of {signs}, and does not \
          begin with a dash"
     )]
     HostName {
         /// The name.
         host: String,
+        /// The runner.
+        runner: &'static str,
+        /// What else a name may have with it.
+        signs: String,
+    },
+
+    /// An address at which agents cannot call back.
+    #[error(
+        "agents cannot call back at {address}: {source}; give an address of this machine with --launcher_addr"
+    )]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The agent on a host cannot do its work.
+    #[error("the agent: {what}")]
+    Agent {
+        /// Why.
+        what: String,
+    },
+
+    /// A list in Slurm's environment that cannot be read.
+    #[error("{variable}: {source}")]
+    SlurmList {
+        /// The variable.
+        variable: &'static str,
+        /// What is wrong.
+        source: deepspeed_discovery::DiscoveryError,
     },
 
     /// `--launcher_args` with a quote that does not end.

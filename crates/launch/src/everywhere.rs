@@ -2,7 +2,6 @@
 
 use crate::error::LaunchError;
 use crate::host_args::HostArgs;
-use crate::hosts_plan;
 use crate::plan::{self, Plan};
 use crate::spawn;
 use crate::ssh_error;
@@ -50,11 +49,9 @@ pub fn on_every_host(args: &HostArgs, command: &[OsString]) -> Result<u8, Launch
     let lines: Vec<(String, Vec<OsString>)> = match plan {
         // A single host that is this machine.
         Plan::Here(plan) => vec![(plan.host, vec!["/bin/sh".into(), "-c".into(), script.into()])],
-        Plan::Hosts(plan) => plan
-            .parts
-            .iter()
-            .map(|part| Ok((part.host.clone(), hosts_plan::ssh_line(&args, &part.host, &script)?)))
-            .collect::<Result<_, LaunchError>>()?,
+        Plan::Hosts(plan) => {
+            plan.parts.iter().map(|part| (part.host.clone(), plan.reach.ssh(&part.host, &script))).collect()
+        }
     };
     let error = |source: io::Error| LaunchError::System { what: "starting ssh", source };
     let started =

@@ -1,4 +1,5 @@
-//! Runs a job on several hosts: one connection for each, one poll loop, the same watch as on one host.
+//! Runs a job on several hosts: one connection for each, one poll loop, the same watch as on one host. By ssh a connection is an ssh
+//! client; by other runners ([`crate::crossing`]) agents call back.
 //!
 //! ```text
 //!   connect to all -> all say hello -> first host gives a port -> all start -> watch over -> close
@@ -11,6 +12,7 @@
 
 use crate::connection::{Connection, Received};
 use crate::console::Console;
+use crate::crossing::Crossing;
 use crate::error::LaunchError;
 use crate::hosts_plan::HostsPlan;
 use crate::inbox::Inbox;
@@ -18,6 +20,7 @@ use crate::meeting;
 use crate::merge::{Merger, Output, Stream};
 use crate::message::{Hello, Incoming, Order, Report, Start};
 use crate::report::{self, RankFacts};
+use crate::runner::Runner;
 use crate::secret;
 use crate::signals::{self, Ending};
 use crate::supervise::{AFTER_KILL, write_all};
@@ -73,6 +76,8 @@ struct Job<'a> {
     plan: HostsPlan,
     console: &'a Console,
     began: Instant,
+    /// pdsh, mpirun or srun, and who calls back; none by ssh.
+    crossing: Option<Crossing>,
     hosts: Vec<Host>,
     ranks: Vec<Rank>,
     port: Option<Result<u16, String>>,
@@ -88,16 +93,14 @@ struct Job<'a> {
 /// A host could not be reached or could not start its ranks; then none is left running.
 pub(crate) fn run(plan: HostsPlan, console: &Console) -> Result<u8, LaunchError> {
     let mut inbox = Inbox::open()?;
-    let hosts = plan
-        .connections
-        .iter()
-        .map(|line| {
-            Ok(Host {
-                connection: Connection::open(line)?,
-                state: State::Connecting,
-                hello: Hello::default(),
-                heard: Duration::ZERO,
-            })
+    let crossing = if plan.runner == Runner::Ssh { None } else { Some(Crossing::open(&plan)?) };
+    let hosts = (0..plan.parts.len())
+        .map(|at| {
+            let connection = match crossing {
+                None => Connection::open(&plan.connections[at])?,
+                Some(_) => Connection::awaited(),
+            };
+            Ok(Host { connection, state: State::Connecting, hello: Hello::default(), heard: Duration::ZERO })
         })
         .collect::<Result<Vec<Host>, LaunchError>>()?;
     let world = plan.world();
@@ -105,6 +108,7 @@ pub(crate) fn run(plan: HostsPlan, console: &Console) -> Result<u8, LaunchError>
         plan,
         console,
         began: Instant::now(),
+        crossing,
         hosts,
         ranks: (0..world).map(|_| Rank::default()).collect(),
         port: None,
@@ -194,7 +198,8 @@ impl Job<'_> {
         late: &str,
         is_reached: impl Fn(&Self) -> bool,
     ) -> Result<(), LaunchError> {
-        let deadline = self.now() + ANSWER;
+        let patience = self.plan.answer().unwrap_or(ANSWER);
+        let deadline = self.now() + patience;
         while !is_reached(self) {
             self.wait(inbox, Some(deadline))?;
             for signal in inbox.take() {
@@ -211,13 +216,15 @@ impl Job<'_> {
                 self.refuse_problems()?;
             }
             if self.now() >= deadline {
-                let text = format!("{late} within {} s", ANSWER.as_secs());
-                for host in self
-                    .hosts
-                    .iter_mut()
-                    .filter(|host| !matches!(host.state, State::Running | State::Gone(_)))
-                {
-                    host.state = State::Gone(text.clone());
+                let text = format!("{late} within {} s", patience.as_secs());
+                for (at, host) in self.hosts.iter_mut().enumerate() {
+                    let why = match (&host.state, &self.crossing) {
+                        (State::Running | State::Gone(_), _) => continue,
+                        (State::Connecting, Some(crossing)) => crossing.why_late(at),
+                        _ => None,
+                    };
+                    let why = why.map_or_else(String::new, |why| format!(": {why}"));
+                    host.state = State::Gone(format!("{text}{why}"));
                 }
                 return self.refuse_problems();
             }
@@ -254,6 +261,7 @@ impl Job<'_> {
         for host in self.hosts.iter().filter(|host| !matches!(host.state, State::Gone(_))) {
             fds.extend(host.connection.poll_fds());
         }
+        fds.extend(self.crossing.iter().flat_map(Crossing::poll_fds));
         fds.extend(inbox.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         match rustix::event::poll(&mut fds, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -265,6 +273,7 @@ impl Job<'_> {
         for at in 0..self.hosts.len() {
             self.listen(at);
         }
+        self.tend_crossing();
         if self.now() >= self.beat + BEAT {
             self.beat = self.now();
             for host in
@@ -300,6 +309,37 @@ impl Job<'_> {
         }
         if let Some(problem) = problem {
             self.lose(at, problem);
+        }
+    }
+
+    /// Takes in agents that have called, and the runner's end.
+    fn tend_crossing(&mut self) {
+        let Some(crossing) = &mut self.crossing else { return };
+        let tended = crossing.tend();
+        for note in tended.notes {
+            self.console.info(&note);
+        }
+        for (at, stream) in tended.agents {
+            if let Err(error) = self.hosts[at].connection.adopt(stream) {
+                self.lose(at, format!("its agent's call could not be taken: {error}"));
+            }
+        }
+        let Some((missing, lost)) = tended.over else { return };
+        let running = self.hosts.iter().any(|host| matches!(host.state, State::Running));
+        for (host, why) in self.hosts.iter_mut().zip(missing) {
+            match host.state {
+                State::Connecting => host.state = State::Gone(why),
+                State::Ready | State::Running => host.state = State::Gone(lost.clone()),
+                State::Gone(_) => {}
+            }
+        }
+        if running {
+            for rank in 0..self.ranks.len() {
+                let rest = self.merger.finish(rank);
+                self.write(rest);
+                self.ranks[rank].evidence.get_or_insert_with(|| lost.clone());
+            }
+            self.decide(Event::HostLost { first: 0, count: self.ranks.len() });
         }
     }
 
@@ -359,6 +399,7 @@ impl Job<'_> {
                     self.decide(Event::Continued { rank });
                 }
                 Report::Answer(_) => return Err("an answer that nobody asked for".to_owned()),
+                Report::Leaving(why) => self.lose(at, why),
                 Report::Alive => {}
             },
         }
@@ -452,7 +493,9 @@ impl Job<'_> {
         }
         let began = Instant::now();
         for (host, part) in self.hosts.iter_mut().zip(&self.plan.parts) {
-            if matches!(host.state, State::Connecting | State::Gone(_)) {
+            // An agent that has called can be heard to end even where it was given up.
+            let is_gone = matches!(host.state, State::Connecting | State::Gone(_));
+            if is_gone && self.crossing.is_none() {
                 continue;
             }
             loop {
@@ -461,9 +504,21 @@ impl Job<'_> {
                     break;
                 }
                 if began.elapsed() > CLOSE {
-                    self.console.warn(&format!("host {}: its agent has not said that it ended", part.host));
+                    if !is_gone {
+                        self.console
+                            .warn(&format!("host {}: its agent has not said that it ended", part.host));
+                    }
                     break;
                 }
+            }
+        }
+        if let Some(crossing) = &mut self.crossing {
+            crossing.close();
+            if crossing.strangers() > 0 {
+                self.console.debug(&format!(
+                    "deepspeed: {} callers that are no agents of this job were refused\n",
+                    crossing.strangers()
+                ));
             }
         }
     }

@@ -4,14 +4,15 @@ use crate::args::LaunchArgs;
 use crate::error::LaunchError;
 use crate::host_part::HostPart;
 use crate::plan::{Note, OWN_VARIABLES};
+use crate::reach::{self, CallBack, Reach};
 use crate::resources::note_unused;
 use crate::runner::{self, Runner};
 use crate::surroundings::Surroundings;
-use crate::words;
 use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// The hidden command that runs at the other end of a connection.
 pub const AGENT_COMMAND: &str = "__agent";
@@ -33,13 +34,17 @@ pub struct HostsPlan {
     pub runner: Runner,
     /// The part of each host, in the order of their ranks.
     pub parts: Vec<HostPart>,
-    /// The command line that reaches each host.
+    /// The command line that reaches each host by ssh, or the one for all by another runner; where agents call back, and by what they
+    /// know the launcher, is only known when the job starts.
     #[serde(serialize_with = "lossy")]
     pub connections: Vec<Vec<OsString>>,
     /// The folder in which the ranks work.
     pub folder: PathBuf,
     /// What the user should know about the settings.
     pub notes: Vec<Note>,
+    /// What the command lines are made of.
+    #[serde(skip)]
+    pub(crate) reach: Reach,
 }
 
 fn lossy<S: Serializer>(lines: &[Vec<OsString>], serializer: S) -> Result<S::Ok, S::Error> {
@@ -58,17 +63,21 @@ pub(crate) fn resolve(
     parts: Vec<HostPart>,
     mut notes: Vec<Note>,
 ) -> Result<HostsPlan, LaunchError> {
-    let runner = runner::choose(args.launcher.as_deref(), surroundings.has_ssh)?;
+    let (runner, tool) = runner::choose(args.launcher.as_deref(), surroundings)?;
     note_unused(
-        &[("--node_rank", args.node_rank >= 0), ("--no_ssh_check", args.no_ssh_check)],
-        "by ssh, where every host must answer before a rank is started",
+        &[
+            ("--node_rank", args.node_rank >= 0),
+            ("--no_ssh_check", args.no_ssh_check),
+            ("--ssh_port", args.ssh_port.is_some() && runner == Runner::Slurm),
+            ("--launcher_addr", !args.launcher_addr.is_empty() && runner == Runner::Ssh),
+        ],
+        &format!("by {runner}, where every host must answer before a rank is started"),
         &mut notes,
     );
-    let connections = parts
-        .iter()
-        .map(|part| ssh_line(args, &part.host, &remote_command(args, surroundings)))
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok(HostsPlan { runner, parts, connections, folder: surroundings.folder.clone(), notes })
+    parts.iter().try_for_each(|part| reach::check_name(runner, &part.host))?;
+    let reach = Reach::new(args, surroundings, (runner, tool))?;
+    let connections = reach.lines(&parts, &CallBack::to_be());
+    Ok(HostsPlan { runner, parts, connections, folder: surroundings.folder.clone(), notes, reach })
 }
 
 /// The variables that every host gets: from the launcher's environment, then from the environment files.
@@ -106,63 +115,15 @@ pub(crate) fn environment(
     env
 }
 
-/// The ssh command line that gives `command` to a host's login shell. What the user gives comes first: ssh takes the first value of an option.
-///
-/// # Errors
-/// A host's name that ssh could misread, `--launcher_args` that cannot be split.
-pub(crate) fn ssh_line(args: &LaunchArgs, host: &str, command: &str) -> Result<Vec<OsString>, LaunchError> {
-    check_name(host)?;
-    let mut line: Vec<OsString> = vec!["ssh".into()];
-    line.extend(words::split(&args.launcher_args)?.into_iter().map(OsString::from));
-    if let Some(port) = args.ssh_port {
-        line.extend(["-p".into(), port.to_string().into()]);
-    }
-    line.push("-T".into());
-    // No question can be answered, and a host that is gone is noticed.
-    for option in [
-        "BatchMode=yes",
-        "ConnectTimeout=10",
-        "ServerAliveInterval=5",
-        "ServerAliveCountMax=3",
-        "ControlMaster=no",
-        "ControlPath=none",
-    ] {
-        line.extend(["-o".into(), option.into()]);
-    }
-    line.extend(["--".into(), host.into(), command.into()]);
-    Ok(line)
-}
-
-/// What the host's login shell, of whatever kind, is given: one line for a POSIX shell, in quotes that all shells understand.
-fn remote_command(args: &LaunchArgs, surroundings: &Surroundings) -> String {
-    let script = match &args.venv_script {
-        // The environment that the script activates has its own deepspeed.
-        Some(venv) => format!(". {} && exec deepspeed {AGENT_COMMAND}", dot_path(venv.as_os_str())),
-        // The command lies where it lies here, or on the host's PATH.
-        None => {
-            let here = words::quote(surroundings.program.as_os_str());
-            format!("p={here}; [ -x \"$p\" ] || p=deepspeed; exec \"$p\" {AGENT_COMMAND}")
-        }
-    };
-    format!("exec /bin/sh -c {}", words::quote(OsStr::new(&script)))
-}
-
-/// A path for the shell's `.`, which would look for a plain name on `PATH`.
-fn dot_path(path: &OsStr) -> String {
-    let text = path.to_string_lossy();
-    if text.contains('/') { words::quote(path) } else { words::quote(OsStr::new(&format!("./{text}"))) }
-}
-
-/// A name that neither ssh nor a shell behind its configuration (`ProxyCommand %h`) can take for something else.
-fn check_name(host: &str) -> Result<(), LaunchError> {
-    let allowed = |c: char| c.is_alphanumeric() || ".-_@:%[]".contains(c);
-    if host.is_empty() || host.starts_with('-') || !host.chars().all(allowed) {
-        return Err(LaunchError::HostName { host: host.to_owned() });
-    }
-    Ok(())
-}
+/// How long Slurm may take to find nodes for a job.
+const QUEUE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 impl HostsPlan {
+    /// How long the hosts may take to answer; `None`: as long as hosts that are there do.
+    pub(crate) fn answer(&self) -> Option<Duration> {
+        (self.runner == Runner::Slurm && !self.reach.in_slurm_job).then_some(QUEUE)
+    }
+
     /// The number of ranks in the job.
     pub(crate) fn world(&self) -> usize {
         self.parts.iter().map(|part| part.slots.len()).sum()

@@ -13,8 +13,8 @@
 //!           |            |
 //!       preflight      hosts                the script is there, the port is free | connect, say hello, start
 //!           |            |   \
-//!       supervise        |   ssh ... agent  ranks on another host, tied to the connection
-//!        |    \          |            |
+//!       supervise        |   ssh ... agent  ranks on another host, tied to the connection; through pdsh, mpirun or
+//!        |    \          |            |      srun (`crossing`) the agent calls back
 //!        |   ranks       |          ranks   one process group for each rank
 //!        |               |
 //!       Merger, Watch, Tail                 pure: output line by line; when to end the job and whose fault it was
@@ -46,10 +46,12 @@
 
 mod agent;
 mod args;
+mod callers;
 mod columns;
 mod connection;
 mod console;
 mod cores;
+mod crossing;
 mod descendants;
 mod display;
 pub mod doctor;
@@ -60,13 +62,16 @@ mod evidence;
 pub mod facts;
 mod filters;
 mod frame;
+mod front;
 mod guard;
+mod handshake;
 mod host_args;
 mod host_part;
 mod hostfile;
 mod hosts;
 mod hosts_plan;
 mod inbox;
+mod listen;
 mod logs;
 mod meeting;
 mod merge;
@@ -78,9 +83,11 @@ mod port;
 mod preflight;
 mod pty;
 mod ranks;
+mod reach;
 mod report;
 mod resources;
 mod runner;
+mod runner_error;
 mod secret;
 mod signals;
 mod spawn;
@@ -141,18 +148,21 @@ fn main_from_parsed(args: &LaunchArgs) -> ExitCode {
             match error {
                 LaunchError::Interrupted { code, .. } => ExitCode::from(code),
                 // Not the command line's fault.
-                LaunchError::Hosts { .. } => ExitCode::FAILURE,
+                LaunchError::Hosts { .. } | LaunchError::Listen { .. } => ExitCode::FAILURE,
                 _ => ExitCode::from(USAGE),
             }
         }
     }
 }
 
-/// The hidden command [`AGENT_COMMAND`]: the launcher's hands on another host, with the connection as input and output.
+/// The hidden command [`AGENT_COMMAND`]: the launcher's hands on another host. Without further words input and output are the
+/// connection; with words it calls the launcher back, as they say.
 ///
 /// Must be called on the main thread, as [`main_from_args`].
-pub fn agent_main() -> ExitCode {
-    match agent::run() {
+pub fn agent_main(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let mut words = words.into_iter().peekable();
+    let done = if words.peek().is_none() { agent::run() } else { front::run(words) };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             Console::new(LogLevel::Error).error(&error.to_string());

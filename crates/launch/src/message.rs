@@ -89,6 +89,8 @@ pub(crate) enum Report {
     Continued { rank: usize },
     /// The answer to a question of `deepspeed doctor`.
     Answer(Answer),
+    /// The agent was told to end by something else than the launcher; it says so before it ends its ranks.
+    Leaving(String),
     /// The agent is there.
     Alive,
 }

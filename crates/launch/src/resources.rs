@@ -5,8 +5,9 @@ use crate::error::LaunchError;
 use crate::filters::{self, Direction, HostSlots, Slot, list_slots};
 use crate::hostfile;
 use crate::plan::Note;
-use crate::runner;
+use crate::runner::{self, Runner};
 use crate::surroundings::Surroundings;
+use deepspeed_discovery::nodelist;
 use serde::Serialize;
 use std::path::Path;
 
@@ -43,15 +44,24 @@ pub(crate) fn resolve(
     // Where the ranks run on other hosts it does not matter what this one has.
     let local = device(surroundings, &mut local_notes);
     let has_gpus = matches!(local, Ok(Device::Gpu));
-    let (place, hosts) = match &surroundings.hostfile {
-        Some((path, text)) => {
+    let by_slurm = runner::parse(args.launcher.as_deref())? == Some(Runner::Slurm);
+    let job = if surroundings.hostfile.is_none() { slurm_job(surroundings)? } else { None };
+    let (place, hosts) = match (&surroundings.hostfile, job) {
+        (None, Some(hosts)) if by_slurm => ("the Slurm job (SLURM_JOB_NODELIST)".to_owned(), hosts),
+        (Some((path, text)), _) => {
             let hosts = hostfile::parse(text, path)?
                 .into_iter()
                 .map(|entry| HostSlots { host: entry.host, slots: indices(entry.slots as usize) })
                 .collect();
             (format!("hostfile {}", path.display()), hosts)
         }
-        None => {
+        (None, job) => {
+            if let Some(hosts) = job.filter(|hosts| hosts.len() > 1) {
+                notes.push(Note::info(format!(
+                    "this Slurm job has {} hosts: using this machine only; --launcher slurm uses all of them",
+                    hosts.len()
+                )));
+            }
             if args.hostfile != Path::new(DEFAULT_HOSTFILE) {
                 let path = args.hostfile.display();
                 notes.push(Note::warning(format!("hostfile {path} does not exist: using this machine only")));
@@ -65,7 +75,8 @@ pub(crate) fn resolve(
         }
     };
     let hosts = filter(args, &hosts, &place)?;
-    let hosts = count(args, surroundings, hosts, has_gpus, &place)?;
+    let is_listed = surroundings.hostfile.is_some() || by_slurm && place.starts_with("the Slurm job");
+    let hosts = count(args, surroundings, hosts, (has_gpus, is_listed), &place)?;
     let several = hosts.len() > 1 || (args.force_multi && !is_here(&hosts[0].host, surroundings));
     if several && !args.no_ssh {
         return Ok(Resources::Hosts(hosts));
@@ -99,6 +110,7 @@ fn by_hand(args: &LaunchArgs, hosts: usize, notes: &mut Vec<Note>) -> Result<usi
     note_unused(
         &[
             ("--launcher", args.launcher.is_some()),
+            ("--launcher_addr", !args.launcher_addr.is_empty()),
             ("--launcher_args", !args.launcher_args.is_empty()),
             ("--no_ssh_check", args.no_ssh_check),
             ("--ssh_port", args.ssh_port.is_some()),
@@ -183,6 +195,53 @@ fn visible(list: &str) -> Vec<Slot> {
         .collect()
 }
 
+/// Slots counted among the devices that a scheduler has given this process, `given` being its `CUDA_VISIBLE_DEVICES`.
+///
+/// # Errors
+/// A slot that is beyond them.
+pub(crate) fn among(given: &str, slots: &[Slot]) -> Result<Vec<Slot>, LaunchError> {
+    let devices = visible(given);
+    if devices.is_empty() {
+        return Ok(slots.to_vec());
+    }
+    slots
+        .iter()
+        .map(|slot| match slot {
+            Slot::Index(index) => devices
+                .get(*index as usize)
+                .cloned()
+                .ok_or(LaunchError::SlotWithoutGpu { slot: *index, gpus: devices.len() }),
+            named => Ok(named.clone()),
+        })
+        .collect()
+}
+
+/// The hosts of the Slurm job that this process is part of; `None` outside of one.
+///
+/// Slots are the GPUs that the job has on a host, or else its tasks there.
+///
+/// # Errors
+/// Slurm's lists cannot be read.
+fn slurm_job(surroundings: &Surroundings) -> Result<Option<Vec<HostSlots>>, LaunchError> {
+    let variable = |name: &str| surroundings.environment.get(name);
+    let Some(list) = variable("SLURM_JOB_NODELIST") else { return Ok(None) };
+    let error = |variable| move |source| LaunchError::SlurmList { variable, source };
+    let hosts = nodelist::hosts(list).map_err(error("SLURM_JOB_NODELIST"))?;
+    let tasks = match variable("SLURM_TASKS_PER_NODE") {
+        Some(list) => nodelist::counts(list).map_err(error("SLURM_TASKS_PER_NODE"))?,
+        None => Vec::new(),
+    };
+    let gpus: Option<u32> = variable("SLURM_GPUS_ON_NODE").and_then(|count| count.parse().ok());
+    let slots = |at: usize| gpus.or(tasks.get(at).copied()).unwrap_or(1).min(hostfile::MAX_SLOTS);
+    Ok(Some(
+        hosts
+            .iter()
+            .enumerate()
+            .map(|(at, host)| HostSlots { host: host.clone(), slots: indices(slots(at) as usize) })
+            .collect(),
+    ))
+}
+
 /// The slots of this machine where no hostfile tells.
 fn local_slots(
     args: &LaunchArgs,
@@ -239,11 +298,11 @@ fn count(
     args: &LaunchArgs,
     surroundings: &Surroundings,
     mut hosts: Vec<HostSlots>,
-    has_gpus: bool,
+    (has_gpus, is_listed): (bool, bool),
     place: &str,
 ) -> Result<Vec<HostSlots>, LaunchError> {
     if let Ok(nodes) = usize::try_from(args.num_nodes) {
-        if nodes > 1 && surroundings.hostfile.is_none() {
+        if nodes > 1 && !is_listed {
             return Err(LaunchError::NodesWithoutHostfile {
                 nodes: args.num_nodes,
                 looked_for: args.hostfile.clone(),
@@ -302,6 +361,7 @@ fn check_single_host(args: &LaunchArgs, surroundings: &Surroundings, host: &str,
     note_unused(
         &[
             ("--launcher", args.launcher.is_some()),
+            ("--launcher_addr", !args.launcher_addr.is_empty()),
             ("--launcher_args", !args.launcher_args.is_empty()),
             ("--node_rank", args.node_rank >= 0),
             ("--no_ssh", args.no_ssh),

@@ -2,6 +2,7 @@
 
 use crate::error::LaunchError;
 use crate::nearest::nearest;
+use crate::surroundings::Surroundings;
 use serde::Serialize;
 use std::fmt;
 
@@ -11,17 +12,17 @@ use std::fmt;
 pub enum Runner {
     /// One ssh connection for each host, with an agent at its other end.
     Ssh,
-    /// The parallel shell; not built yet.
+    /// The parallel shell, over ssh. As with all that follow, each agent calls back.
     Pdsh,
-    /// Open MPI; not built yet.
+    /// Open MPI's mpirun.
     OpenMpi,
-    /// MPICH; not built yet.
+    /// MPICH's mpirun.
     Mpich,
-    /// Intel MPI; not built yet.
+    /// Intel MPI's mpirun.
     Impi,
-    /// MVAPICH; not built yet.
+    /// MVAPICH's mpirun.
     Mvapich,
-    /// Slurm; not built yet.
+    /// Slurm's srun.
     Slurm,
 }
 
@@ -41,7 +42,37 @@ impl Runner {
             Runner::Slurm => "slurm",
         }
     }
+
+    /// The programs that can be it, best first: `mpirun` may be that of any MPI, a Debian name says which.
+    fn tools(self) -> &'static [&'static str] {
+        match self {
+            Runner::Ssh => &["ssh"],
+            Runner::Pdsh => &["pdsh"],
+            Runner::OpenMpi => &["mpirun.openmpi", "mpirun"],
+            Runner::Mpich => &["mpirun.mpich", "mpiexec.hydra", "mpirun"],
+            Runner::Impi => &["mpirun"],
+            Runner::Mvapich => &["mpirun"],
+            Runner::Slurm => &["srun"],
+        }
+    }
+
+    /// What to do where none of them is there.
+    fn hint(self) -> &'static str {
+        match self {
+            Runner::Ssh => {
+                "install OpenSSH's client, or start the command on each host with --no_ssh and --node_rank"
+            }
+            Runner::Pdsh => "install pdsh, or leave --launcher out, and each host is reached by ssh",
+            _ => {
+                "load its module or put its bin folder on PATH, or leave --launcher out, and each host is reached by ssh"
+            }
+        }
+    }
 }
+
+/// The runners' programs, of which the surroundings say which are there.
+pub(crate) const TOOLS: [&str; 7] =
+    ["ssh", "pdsh", "mpirun", "mpirun.openmpi", "mpirun.mpich", "mpiexec.hydra", "srun"];
 
 impl fmt::Display for Runner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -69,21 +100,21 @@ pub(crate) fn parse(name: Option<&str>) -> Result<Option<Runner>, LaunchError> {
     }
 }
 
-/// The runner for several hosts.
+/// The runner for several hosts, and its program.
 ///
 /// # Errors
-/// One that is not built, or whose program is not there.
-pub(crate) fn choose(name: Option<&str>, has_ssh: bool) -> Result<Runner, LaunchError> {
-    match parse(name)? {
-        None | Some(Runner::Ssh) if has_ssh => Ok(Runner::Ssh),
-        None | Some(Runner::Ssh) => Err(LaunchError::LauncherMissing {
-            launcher: "ssh",
-            program: "ssh",
-            hint: "install OpenSSH's client, or start the command on each host with --no_ssh and --node_rank",
-        }),
-        Some(other) => Err(LaunchError::NotBuilt {
-            setting: format!("--launcher={other}"),
-            hint: "; leave it out, and each host is reached by ssh, which needs nothing else installed",
-        }),
+/// An unknown name, or one whose program is not there.
+pub(crate) fn choose(
+    name: Option<&str>,
+    surroundings: &Surroundings,
+) -> Result<(Runner, &'static str), LaunchError> {
+    let runner = parse(name)?.unwrap_or(Runner::Ssh);
+    let there = |tool: &&&'static str| surroundings.tools.contains(&(**tool).to_owned());
+    match runner.tools().iter().find(there) {
+        Some(tool) => Ok((runner, tool)),
+        None => {
+            let program = runner.tools().last().copied().unwrap_or_default();
+            Err(LaunchError::LauncherMissing { launcher: runner.name(), program, hint: runner.hint() })
+        }
     }
 }

@@ -66,11 +66,16 @@ pub(crate) fn start(
 }
 
 /// Makes the child die when the launcher does, even by SIGKILL, and binds it to its cores.
+pub(crate) fn tie_to_launcher(command: &mut Command, launcher: Pid, cores: Option<&[usize]>) {
+    tie(command, launcher, Signal::KILL, cores);
+}
+
+/// Sends the child this signal when its parent, this thread, ends in whatever way, and binds it to its cores.
 #[expect(
     unsafe_code,
     reason = "the parent-death signal can only be asked for by the child itself, before it becomes the program"
 )]
-pub(crate) fn tie_to_launcher(command: &mut Command, launcher: Pid, cores: Option<&[usize]>) {
+pub(crate) fn tie(command: &mut Command, parent: Pid, signal: Signal, cores: Option<&[usize]>) {
     let cores: Option<CpuSet> = cores.map(|list| {
         let mut set = CpuSet::new();
         for core in list {
@@ -82,9 +87,9 @@ pub(crate) fn tie_to_launcher(command: &mut Command, launcher: Pid, cores: Optio
     // system calls through rustix, which neither allocate nor take locks, on data that was copied into it before the fork.
     unsafe {
         command.pre_exec(move || {
-            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-            // The launcher may have died before the line above; then nobody would send the signal.
-            if rustix::process::getppid() != Some(launcher) {
+            rustix::process::set_parent_process_death_signal(Some(signal))?;
+            // The parent may have died before the line above; then nobody would send the signal.
+            if rustix::process::getppid() != Some(parent) {
                 return Err(rustix::io::Errno::SRCH.into());
             }
             if let Some(cores) = &cores {

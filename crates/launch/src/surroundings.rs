@@ -4,6 +4,7 @@
 
 use crate::args::LaunchArgs;
 use crate::error::LaunchError;
+use crate::runner;
 use fs_err as fs;
 use std::collections::BTreeMap;
 use std::env;
@@ -39,8 +40,8 @@ pub struct Surroundings {
     pub kmp_affinity: Option<String>,
     /// `VIRTUAL_ENV`.
     pub virtual_env: Option<String>,
-    /// Whether there is an ssh client.
-    pub has_ssh: bool,
+    /// Programs on `PATH` that start others on other hosts: ssh, pdsh, mpirun, srun and their like.
+    pub tools: Vec<String>,
     /// The current folder.
     pub folder: PathBuf,
     /// This command itself.
@@ -59,7 +60,11 @@ impl Surroundings {
             hostfile: read_if_there("the hostfile cannot be read", &args.hostfile)?
                 .map(|text| (args.hostfile.clone(), text)),
             env_files: read_env_files()?,
-            has_ssh: find_on_path("ssh").is_some(),
+            tools: runner::TOOLS
+                .iter()
+                .filter(|tool| find_on_path(tool).is_some())
+                .map(|tool| (*tool).to_owned())
+                .collect(),
             folder: env::current_dir().unwrap_or_default(),
             program: env::current_exe().unwrap_or_else(|_| "deepspeed".into()),
             environment: env::vars_os()

@@ -257,7 +257,7 @@ fn login_machine(hostfile: &str) -> Surroundings {
     Surroundings {
         hostname: "login".into(),
         hostfile: Some((PathBuf::from("hosts"), hostfile.into())),
-        has_ssh: true,
+        tools: vec!["ssh".into()],
         folder: "/home/u/my work".into(),
         program: "/venv/bin/deepspeed".into(),
         ..cpu_machine(4)
@@ -343,7 +343,7 @@ fn several_hosts_in_brief() {
         brief("-H hosts --launcher=pdsh train.py", &hosts),
         brief("-H hosts --launcher=slurm train.py", &hosts),
         brief("-H hosts --launcher_args=' train.py", &hosts),
-        brief("-H hosts train.py", &Surroundings { has_ssh: false, ..hosts.clone() }),
+        brief("-H hosts train.py", &Surroundings { tools: vec![], ..hosts.clone() }),
         brief("-H hosts train.py", &login_machine("-oProxyCommand=x slots=1\nb slots=1\n")),
         brief("-H hosts train.py", &login_machine("$(reboot) slots=1\nb slots=1\n")),
     ].join("\n\n"), @r"
@@ -374,9 +374,9 @@ fn several_hosts_in_brief() {
 
         error: --no_ssh starts the ranks of this host only, so --node_rank must say which of the 3 hosts it is (0 to 2); it is -1
 
-        error: --launcher=pdsh is not built yet; leave it out, and each host is reached by ssh, which needs nothing else installed
+        error: launcher 'pdsh' not installed: no folder of PATH has `pdsh`; install pdsh, or leave --launcher out, and each host is reached by ssh
 
-        error: --launcher=slurm is not built yet; leave it out, and each host is reached by ssh, which needs nothing else installed
+        error: launcher 'slurm' not installed: no folder of PATH has `srun`; load its module or put its bin folder on PATH, or leave --launcher out, and each host is reached by ssh
 
         error: --launcher_args=`'`: the quote at column 1 does not end
 

@@ -22,6 +22,9 @@ use std::time::Duration;
 /// How often each host is asked for its time; the fastest answer counts.
 const CLOCK_ROUNDS: usize = 3;
 
+/// Whether a host connects to another one: in so many seconds, or why not; `None` where it was not tried.
+pub type Connected = Option<Result<f64, String>>;
+
 /// Everything that is known when the hosts have been asked.
 #[derive(Debug, Clone, Serialize)]
 pub struct Examination {
@@ -35,9 +38,8 @@ pub struct Examination {
     pub hosts: Vec<HostExamination>,
     /// Where rank 0 would await the others.
     pub meeting: Option<Meeting>,
-    /// Row by row: the seconds that a host took to connect to each other one, or why it could not. `None` for itself and for hosts that
-    /// were not asked.
-    pub connections: Vec<Vec<Option<Result<f64, String>>>>,
+    /// Row by row: whether a host connects to each other one.
+    pub connections: Vec<Vec<Connected>>,
     /// The shared folder, where one was named.
     pub shared_folder: Option<SharedFolder>,
 }
@@ -269,10 +271,7 @@ fn read_clock(sent: Duration, theirs: Duration, took: Duration) -> Clock {
 }
 
 /// Every host connects to every other one.
-fn connections(
-    plan: &HostsPlan,
-    party: &mut Party,
-) -> Result<Vec<Vec<Option<Result<f64, String>>>>, LaunchError> {
+fn connections(plan: &HostsPlan, party: &mut Party) -> Result<Vec<Vec<Connected>>, LaunchError> {
     let count = plan.parts.len();
     let word = secret::new()?;
     let ports = party.question(|_| Some(Question::Listen { word: word.clone() }))?;
@@ -297,7 +296,7 @@ fn connections(
         let targets = others(from).into_iter().filter_map(|to| targets[to].clone()?.ok()).collect();
         Some(Question::Reach { word: word.clone(), targets })
     })?;
-    let mut table: Vec<Vec<Option<Result<f64, String>>>> = vec![vec![None; count]; count];
+    let mut table: Vec<Vec<Connected>> = vec![vec![None; count]; count];
     for (from, answer) in answers.into_iter().enumerate() {
         let Some((Answer::Reach(reached), _)) = answer else { continue };
         for (to, reached) in others(from).into_iter().zip(reached) {

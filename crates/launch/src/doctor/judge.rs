@@ -99,6 +99,9 @@ pub(super) fn judge(examination: &Examination) -> Vec<Finding> {
     findings.0
 }
 
+/// A version of something among a host's facts, where it is there.
+type Version<'a> = &'a dyn Fn(&HostFacts) -> Option<String>;
+
 /// python and torch: the same on all hosts, and the same here.
 fn versions(examination: &Examination, findings: &mut Findings) {
     let known: Vec<(&str, &HostFacts)> = examination
@@ -123,7 +126,7 @@ fn versions(examination: &Examination, findings: &mut Findings) {
     let package =
         |facts: &HostFacts| facts.python.as_ref()?.deepspeed.as_ref().map(|package| package.version.clone());
     let minor = |version: &str| version.rsplit_once('.').map_or(version, |(minor, _)| minor).to_owned();
-    let kinds: [(&str, &dyn Fn(&HostFacts) -> Option<String>); 3] =
+    let kinds: [(&str, Version<'_>); 3] =
         [("python", &python), ("torch", &torch), ("the deepspeed package", &package)];
     for (what, of) in kinds {
         let Some((first, theirs)) = known.iter().find_map(|(host, facts)| Some((*host, of(facts)?))) else {

@@ -21,7 +21,7 @@ mod party;
 mod question;
 mod render;
 
-pub use examination::{Clock, Examination, HostExamination, Meeting, SharedFolder, examine};
+pub use examination::{Clock, Connected, Examination, HostExamination, Meeting, SharedFolder, examine};
 pub use judge::{Finding, Level};
 
 pub(crate) use examiner::Examiner;

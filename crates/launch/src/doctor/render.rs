@@ -1,6 +1,6 @@
 //! An examination as text.
 
-use super::examination::{Examination, HostExamination};
+use super::examination::{Connected, Examination, HostExamination};
 use super::judge::{Finding, Level};
 use crate::columns::Columns;
 use deepspeed_monitor::memory::Bytes;
@@ -119,7 +119,7 @@ fn connections(examination: &Examination) -> String {
     headings.extend(hosts.iter().map(|host| format!(">{}", host.host)));
     let mut table = Columns::new(&headings);
     for (host, row) in hosts.iter().zip(rows) {
-        let cell = |cell: &Option<Result<f64, String>>| match cell {
+        let cell = |cell: &Connected| match cell {
             None => dash(),
             Some(Ok(seconds)) => format!("{:.2} ms", seconds * 1e3),
             Some(Err(_)) => "FAIL".to_owned(),
