@@ -52,6 +52,9 @@ fn main() -> ExitCode {
     if args.len() == 2 && args[1] == deepspeed_launch::AGENT_COMMAND {
         return deepspeed_launch::agent_main();
     }
+    if args.len() == 2 && args[1] == deepspeed_launch::GUARD_COMMAND {
+        return deepspeed_launch::guard_main();
+    }
     let word = args.get(1).and_then(|word| word.to_str()).filter(|word| !Path::new(word).exists());
     match word {
         Some("config") => {

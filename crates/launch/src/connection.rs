@@ -210,6 +210,13 @@ impl Connection {
         self.stdin = None;
     }
 
+    /// Ends the ssh client, even one that is stopped; whatever is left of the other end finds the connection gone.
+    pub(crate) fn cut(&mut self) {
+        self.stdin = None;
+        // What cannot be ended has ended.
+        let _ = self.child.kill();
+    }
+
     /// Takes in and drops what still comes, so that the agent is not held up by it.
     pub(crate) fn drain(&mut self) {
         let mut buffer = [0; 64 * 1024];

@@ -13,6 +13,7 @@
 //!      X  the connection closes                  |   all that runs on the host ends
 //! ```
 
+use crate::evidence::Evidence;
 use crate::frame::{self, Frame};
 use crate::host_part::HostPart;
 use crate::merge::Stream;
@@ -79,9 +80,9 @@ pub(crate) enum Report {
     /// A remark.
     Note { warning: bool, text: String },
     /// A rank is over.
-    Ended { rank: usize, ending: Ending, evidence: Option<String>, log: Option<PathBuf> },
+    Ended { rank: usize, ending: Ending, evidence: Option<Evidence>, log: Option<PathBuf>, step: Option<u64> },
     /// A rank was stopped by this signal.
-    Stopped { rank: usize, signal: i32 },
+    Stopped { rank: usize, signal: i32, step: Option<u64> },
     /// A rank that was stopped goes on.
     Continued { rank: usize },
     /// The agent is there.
@@ -169,7 +170,8 @@ mod tests {
 
     #[test]
     fn what_goes_in_comes_out() {
-        let report = Report::Ended { rank: 3, ending: Ending::Signal(9), evidence: None, log: None };
+        let evidence = Some(Evidence { out_of_memory: true, text: "x".into() });
+        let report = Report::Ended { rank: 3, ending: Ending::Signal(9), evidence, log: None, step: Some(7) };
         let mut decoder = Decoder::default();
         decoder.push(&encode(&report).unwrap());
         decoder.push(&encode_output(2, Stream::Stderr, b"\xffa").unwrap());
