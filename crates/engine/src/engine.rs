@@ -6,7 +6,7 @@ use deepspeed_checkpoint::Chosen;
 use deepspeed_comm::Group;
 use deepspeed_core::{Layout, ParamSpec, SpanMut, UnitId};
 use deepspeed_kernels::parallel::Workers;
-use deepspeed_monitor::{Counters, Phase, StepLine, Stopwatch};
+use deepspeed_monitor::{Counters, Phase, Progress, StepLine, Stopwatch};
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
 use deepspeed_zero::{
     AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, Publication, ReductionOrder,
@@ -117,6 +117,8 @@ pub struct Engine {
     pub(crate) chosen: Option<Chosen>,
     watch: Stopwatch,
     window: Window,
+    /// Tells the launcher which step this is, where one asks.
+    progress: Option<Progress>,
 }
 
 /// What an update that needs a pass of its own before it works on.
@@ -216,7 +218,7 @@ impl Engine {
         } else {
             None
         };
-        Ok(Self {
+        let engine = Self {
             policy,
             optimizer,
             weights,
@@ -253,10 +255,13 @@ impl Engine {
             chosen: None,
             watch: Stopwatch::default(),
             window: Window { since: Instant::now(), samples: 0, steps: 0 },
+            progress: Progress::from_environment(),
             layout: Arc::new(layout),
             settings,
             group,
-        })
+        };
+        engine.tell_progress();
+        Ok(engine)
     }
 
     /// The factor for the loss (or for the gradient of the model's output) before backward: the loss scale, divided
@@ -519,6 +524,7 @@ impl Engine {
         self.discard_gradients();
         self.accumulation.advance();
         self.counters.boundary(self.settings.train_batch_size, applied);
+        self.tell_progress();
         self.applied = applied;
         self.mark(None);
         StepReport {
@@ -551,6 +557,13 @@ impl Engine {
         };
         self.restart_window();
         line.to_string()
+    }
+
+    /// Tells the launcher which step is next.
+    pub(crate) fn tell_progress(&self) {
+        if let Some(progress) = &self.progress {
+            progress.tell(self.counters.global_steps);
+        }
     }
 
     /// The next step line speaks of what comes from here on.
