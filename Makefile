@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RANKS  ?= 2
+# Test files that run at once: much of a test is waiting and starting.
+WORKERS ?= 2
 SOURCES := $(shell find crates python build_backend -type f \( -name '*.rs' -o -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name 'py.typed' \)) \
            Cargo.toml Cargo.lock pyproject.toml
 
@@ -39,7 +41,7 @@ test-rust: ## Run the Rust tests: no Python, no torch, no GPU
 	cargo test --workspace --quiet
 
 test-python: venv ## Run the Python tests
-	$(BIN)/python -m pytest -q tests $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests benches $(ARGS)
 
 check: $(VENV)/requirements ## Check formatting, lints, types and the share of Python
 	cargo fmt --all --check

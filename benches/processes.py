@@ -125,6 +125,22 @@ def engine_all_reduce(root: str, deadline: float) -> dict:
     return {"engine_ms": 32 * 2**20 / float(found[1]) / 1e6}
 
 
+def state_stream(root: str, deadline: float) -> dict:
+    """1 GB of optimizer state read and written back, beside a plain direct copy: the example of `deepspeed-offload`."""
+    cargo = shutil.which("cargo")
+    if cargo is None:
+        raise ChildFailed("there is no cargo to build the stream's benchmark with")
+    command = [cargo, "run", "--quiet", "--release", "--manifest-path", os.path.join(root, "Cargo.toml")]
+    command += ["-p", "deepspeed-offload", "--example", "stream_speed", "--", tempfile.gettempdir(), "1", "1"]
+    text = run([(command, dict(os.environ))], deadline)
+    found = re.search(r"^round +1: +([0-9.]+) +([0-9.]+); +([0-9.]+)", text, re.MULTILINE)
+    if found is None:
+        raise ChildFailed("no line about round 1 in the output of stream_speed")
+    # GB/s, read and written: 1 GB goes both ways.
+    one_by_one, side_by_side, stream = (2000.0 / float(speed) for speed in found.groups())
+    return {"stream_ms": stream, "one_by_one_ms": one_by_one, "side_by_side_ms": side_by_side}
+
+
 def start_up(command: list[str], python: str, script: str, world: int, deadline: float) -> dict:
     """Seconds from starting `command` to the first line of `script` in the last rank."""
     with tempfile.TemporaryDirectory() as folder:

@@ -118,6 +118,7 @@ def cases(groups: list[str], peers: dict[str, str], torch_python: str, steps: in
                     )
     if "offload" in groups:
         add("offload/bare", "bare", step, torch_python, "--engine", "bare", "--dtype", "bf16", *LARGE)
+        add("offload/stream", "ours", processes.state_stream, ROOT, 900)
         for stage, device in ((2, "cpu"), (3, "cpu"), (3, "nvme")):
             for peer, python in peers.items():
                 options = ["--stage", str(stage), "--dtype", "bf16", "--offload", device, *LARGE]

@@ -37,6 +37,23 @@ def test_budgets_judge_the_medians() -> None:
     assert found == {"step/fp32/stage1: time above bare, of the original's": True, "initialize/step/fp32/stage1": True}
 
 
+def test_stage_3_is_held_to_our_own_stage_2_within_each_round() -> None:
+    def turns(*steps: float) -> list[dict]:
+        return [{"round": turn, "step_ms": ms, "initialize_s": 0.1} for turn, ms in enumerate(steps)]
+
+    results = {"large/bf16/stage2": {"ours": turns(100.0, 300.0)}, "large/bf16/stage3": {"ours": turns(120.0, 300.0)}}
+    found = report.budgets(report.rows({**RUN, "results": results}))
+    assert [line for line in found if "own stage 2" in line[0]] == [
+        ("large/bf16: stage 3, of our own stage 2", "at most 1.1", "1.1", True)
+    ]
+
+
+def test_the_stream_is_held_to_a_plain_copy() -> None:
+    stream = {"round": 0, "stream_ms": 1300.0, "one_by_one_ms": 1000.0, "side_by_side_ms": 900.0}
+    found = report.budgets(report.rows({**RUN, "results": {"offload/stream": {"ours": [stream]}}}))
+    assert found == [("offload/stream: of a plain direct copy's time", "at most 1.25", "1.3", False)]
+
+
 def test_what_failed_is_told() -> None:
     assert "adam: original: exit code 1: no compiler" in report.text(RUN, report.rows(RUN))
     assert "adam: original: exit code 1: no compiler" in report.markdown(RUN, report.rows(RUN))

@@ -27,10 +27,28 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-_SCRIPTS = Path("target/wheel-data/scripts")
-# Other names of the command in the original.
-_ALIASES = ("ds", "deepspeed.pt")
-_ALIAS = '#!/bin/sh\nexec "$(dirname "$(readlink -f "$0")")/deepspeed" "$@"\n'
+_DATA = Path("target/wheel-data")
+_SCRIPTS = _DATA / "scripts"
+# Other commands of the original, and what they are here.
+_ALIASES = {
+    "ds": "",
+    "deepspeed.pt": "",
+    "ds_report": "__run report ",
+    "dsr": "__run report ",
+    "ds_ssh": "__run ssh ",
+    "ds_bench": "__run bench comm ",
+}
+_ALIAS = '#!/bin/sh\nexec "$(dirname "$(readlink -f "$0")")/deepspeed" {words}"$@"\n'
+# Those whose feature is not built.
+_NOT_BUILT = {"ds_io": "the benchmark of NVMe I/O", "ds_nvme_tune": "the search for the best NVMe settings"}
+_REFUSAL = '#!/bin/sh\necho "deepspeed: error: {name}, {feature}, is not built in this version" >&2\nexit 2\n'
+# What the command says about itself, where shells and man look beside a `bin` folder.
+_SHARE = _DATA / "data/share"
+_COMPLETIONS = {
+    "bash": "bash-completion/completions/deepspeed",
+    "zsh": "zsh/site-functions/_deepspeed",
+    "fish": "fish/vendor_completions.d/deepspeed.fish",
+}
 
 
 def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Mapping[str, Any] | None = None) -> str:
@@ -62,13 +80,24 @@ def build_editable(
 
 def _stage_command(config_settings: Mapping[str, Any] | None) -> None:
     executable = _build_command(_profile(config_settings))
-    shutil.rmtree(_SCRIPTS, ignore_errors=True)
+    shutil.rmtree(_DATA, ignore_errors=True)
     _SCRIPTS.mkdir(parents=True)
     shutil.copy2(executable, _SCRIPTS / "deepspeed")
-    for name in _ALIASES:
-        alias = _SCRIPTS / name
-        alias.write_text(_ALIAS)
-        alias.chmod(0o755)
+    for name, words in _ALIASES.items():
+        _write_script(name, _ALIAS.format(words=words))
+    for name, feature in _NOT_BUILT.items():
+        _write_script(name, _REFUSAL.format(name=name, feature=feature))
+    subprocess.run([executable, "__run", "man", "--dir", _SHARE / "man/man1"], check=True, stdout=subprocess.DEVNULL)
+    for shell, path in _COMPLETIONS.items():
+        (_SHARE / path).parent.mkdir(parents=True)
+        with open(_SHARE / path, "wb") as file:
+            subprocess.run([executable, "__run", "completions", shell], check=True, stdout=file)
+
+
+def _write_script(name: str, text: str) -> None:
+    script = _SCRIPTS / name
+    script.write_text(text)
+    script.chmod(0o755)
 
 
 def _build_command(profile: str) -> Path:

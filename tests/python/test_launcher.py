@@ -36,7 +36,7 @@ def interpreter(tmp_path: Path) -> Path:
 def run(folder: Path, module: str, *arguments: str) -> tuple[int | None, list[str]]:
     program = (
         f"import sys, runpy; sys.executable = {str(folder / 'python')!r}; sys.argv = ['x', *sys.argv[1:]]; "
-        f"runpy.run_module('deepspeed.launcher.{module}', run_name='__main__')"
+        f"runpy.run_module('{module}', run_name='__main__')"
     )
     done = run_command([sys.executable, "-c", program, *arguments])
     return done.code, done.stdout.splitlines()
@@ -44,14 +44,19 @@ def run(folder: Path, module: str, *arguments: str) -> tuple[int | None, list[st
 
 def test_runner_hands_its_arguments_over(interpreter: Path) -> None:
     arguments = ["--num_gpus", "2", "train.py", "--lr", "0 1", "--deepspeed"]
-    assert run(interpreter.parent, "runner", *arguments) == (7, arguments)
+    assert run(interpreter.parent, "deepspeed.launcher.runner", *arguments) == (7, arguments)
+
+
+def test_modules_that_stand_for_commands(interpreter: Path) -> None:
+    for module, words in [("deepspeed", []), ("deepspeed.env_report", ["__run", "report"])]:
+        assert run(interpreter.parent, module, "--json") == (7, [*words, "--json"])
 
 
 def test_launch_translates_world_info(interpreter: Path) -> None:
     world = base64.urlsafe_b64encode(json.dumps({"worker-1": [0, 2]}).encode()).decode()
     code, arguments = run(
         interpreter.parent,
-        "launch",
+        "deepspeed.launcher.launch",
         f"--world_info={world}",
         "--node_rank=0",
         "--master_addr=127.0.0.1",
@@ -78,7 +83,7 @@ def test_launch_translates_world_info(interpreter: Path) -> None:
 def test_launch_of_one_of_several_hosts(interpreter: Path) -> None:
     world = base64.urlsafe_b64encode(json.dumps({"worker-1": [0, 2], "worker-2": [1]}).encode()).decode()
     arguments = [f"--world_info={world}", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29501", "train.py"]
-    code, said = run(interpreter.parent, "launch", *arguments)
+    code, said = run(interpreter.parent, "deepspeed.launcher.launch", *arguments)
     assert code == 7 and said[0].startswith("--hostfile=/dev/fd/")
     assert said[1:] == [
         "--include=worker-1:0,2@worker-2:1",

@@ -44,10 +44,10 @@ enum ConfigCommand {
 }
 
 /// Runs `deepspeed config`.
-pub(crate) fn run(args: ConfigArgs) -> ExitCode {
-    match args.command {
-        ConfigCommand::Check { file, world_size, allow_auto } => check(&file, world_size, allow_auto),
-        ConfigCommand::Explain { file, key } => match load(&file) {
+pub(crate) fn run(args: &ConfigArgs) -> ExitCode {
+    match &args.command {
+        ConfigCommand::Check { file, world_size, allow_auto } => check(file, *world_size, *allow_auto),
+        ConfigCommand::Explain { file, key } => match load(file) {
             Ok(document) => explain_document(&document, key.as_deref()),
             Err(error) => fail(&error.to_string()),
         },

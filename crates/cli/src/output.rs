@@ -11,6 +11,12 @@ pub(crate) fn fail(message: &str) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// Says what is wrong with the arguments; the exit code for that, as Python's argparse has it.
+pub(crate) fn usage(message: &str) -> ExitCode {
+    complain(&format!("deepspeed: error: {message}\n"));
+    ExitCode::from(2)
+}
+
 /// Writes a result to standard output. A reader that has gone (`| head`) is no failure.
 pub(crate) fn print(text: &str) -> ExitCode {
     match io::stdout().write_all(text.as_bytes()) {

@@ -2,6 +2,7 @@
 //! the connection it was started by, and sends them the signals that the launcher asks for. It decides one thing only: when the connection
 //! closes, everything on this host ends.
 
+use crate::doctor::Examiner;
 use crate::error::LaunchError;
 use crate::evidence::OutOfMemory;
 use crate::filters::Slot;
@@ -56,6 +57,7 @@ struct Agent {
     ranks: Ranks,
     plan: Option<LaunchPlan>,
     out_of_memory: OutOfMemory,
+    examiner: Examiner,
     heard: Duration,
     beat: Duration,
 }
@@ -76,6 +78,7 @@ pub(crate) fn run() -> Result<(), LaunchError> {
         ranks: Ranks::new()?,
         plan: None,
         out_of_memory: OutOfMemory::watch(),
+        examiner: Examiner::default(),
         heard: Duration::ZERO,
         beat: Duration::ZERO,
     };
@@ -311,6 +314,10 @@ impl Agent {
                 if let Some(signal) = Signal::from_named_raw(number) {
                     self.ranks.signal(signal);
                 }
+            }
+            Order::Examine(question) => {
+                let answer = self.examiner.answer(question);
+                self.tell(&Report::Answer(answer));
             }
             Order::Alive | Order::Finish => {}
         }

@@ -30,8 +30,16 @@ pub const DEFAULT_HOSTFILE: &str = "/job/hostfile";
     long_about = None,
     override_usage = "deepspeed [OPTIONS] <script.py> [script arguments]...",
     after_help = "Everything after the script goes to the script as it stands.\n\n\
-                  Other commands, where no file of that name lies in this folder:\n  \
-                  deepspeed config check|explain|schema FILE    look at a ds_config.json",
+                  Other commands, where no file of that name lies in this folder (each has --help):\n  \
+                  deepspeed config check|explain|schema FILE   look at a ds_config.json\n  \
+                  deepspeed memory FILE --params N             plan the memory of a run\n  \
+                  deepspeed checkpoint inspect|verify|... DIR  look into checkpoints, convert, export\n  \
+                  deepspeed report                             what is installed, and what a job would use\n  \
+                  deepspeed doctor --hostfile FILE             examine the hosts before a job starts\n  \
+                  deepspeed ssh -f FILE COMMAND                a command on every host\n  \
+                  deepspeed bench comm                         measure collectives\n  \
+                  deepspeed completions bash|zsh|fish          completions for a shell\n  \
+                  deepspeed man                                the manual page",
     infer_long_args = true
 )]
 pub struct LaunchArgs {

@@ -65,7 +65,7 @@ impl Callers {
 
     /// What to wait for.
     pub(crate) fn poll_fds(&self) -> impl Iterator<Item = PollFd<'_>> {
-        let calls = self.all_are_here().then_some(0).unwrap_or(self.listeners.len());
+        let calls = if self.all_are_here() { 0 } else { self.listeners.len() };
         let listeners = self.listeners[..calls].iter().map(|one| PollFd::new(one, PollFlags::IN));
         let unnamed = self.waiting.iter().filter(|caller| caller.claim.is_none());
         listeners.chain(unnamed.map(|caller| PollFd::new(&caller.stream, PollFlags::IN)))

@@ -43,6 +43,20 @@ pub enum LaunchError {
         host: String,
     },
 
+    /// A hostfile that a tool was told to use and that is not there.
+    #[error("hostfile {} does not exist", path.display())]
+    HostfileMissing {
+        /// The hostfile.
+        path: PathBuf,
+    },
+
+    /// Arguments of a tool that a launch would refuse, too.
+    #[error("{text}")]
+    Arguments {
+        /// What clap says of them.
+        text: String,
+    },
+
     /// A hostfile without a single entry.
     #[error(
         "{}: hostfile is empty or not formatted correctly, unable to proceed with launching; it needs lines of the \

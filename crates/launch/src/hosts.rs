@@ -398,6 +398,7 @@ impl Job<'_> {
                     let rank = own(rank, &self.plan)?;
                     self.decide(Event::Continued { rank });
                 }
+                Report::Answer(_) => return Err("an answer that nobody asked for".to_owned()),
                 Report::Leaving(why) => self.lose(at, why),
                 Report::Alive => {}
             },

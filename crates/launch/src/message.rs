@@ -13,6 +13,7 @@
 //!      X  the connection closes                  |   all that runs on the host ends
 //! ```
 
+use crate::doctor::{Answer, Question};
 use crate::frame::{self, Frame};
 use crate::host_part::HostPart;
 use crate::merge::Stream;
@@ -39,6 +40,8 @@ pub(crate) enum Order {
     Start(Box<Start>),
     /// Send this signal to every rank.
     Signal(i32),
+    /// Answer a question of `deepspeed doctor`.
+    Examine(Question),
     /// The launcher is there.
     Alive,
     /// All went well: end, and leave alone what the ranks may have left running.
@@ -84,6 +87,8 @@ pub(crate) enum Report {
     Stopped { rank: usize, signal: i32 },
     /// A rank that was stopped goes on.
     Continued { rank: usize },
+    /// The answer to a question of `deepspeed doctor`.
+    Answer(Answer),
     /// The agent was told to end by something else than the launcher; it says so before it ends its ranks.
     Leaving(String),
     /// The agent is there.

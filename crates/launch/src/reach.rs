@@ -96,7 +96,9 @@ impl Reach {
         let count = hosts.len().to_string();
         let slots = parts.iter().map(|part| part.slots.len()).max().unwrap_or(1);
         let line = match self.runner {
-            Runner::Ssh => return hosts.iter().map(|host| self.ssh(host)).collect(),
+            Runner::Ssh => {
+                return hosts.iter().map(|host| self.ssh(host, &self.remote_command())).collect();
+            }
             Runner::Pdsh => {
                 let mut line =
                     self.environment("PDSH_SSH_ARGS_APPEND", &["PDSH_RCMD_TYPE=ssh"], "-oBatchMode=yes");
@@ -205,8 +207,9 @@ impl Reach {
         line
     }
 
-    /// The ssh command line for a host. What the user gives comes first: ssh takes the first value of an option.
-    fn ssh(&self, host: &str) -> Vec<OsString> {
+    /// The ssh command line that gives `command` to a host's login shell. What the user gives comes first: ssh takes the first value of
+    /// an option. The host has been checked with [`check_name`].
+    pub(crate) fn ssh(&self, host: &str, command: &str) -> Vec<OsString> {
         let mut line = words(&[self.tool]);
         line.extend(self.args.iter().cloned());
         if let Some(port) = self.ssh_port {
@@ -224,7 +227,7 @@ impl Reach {
         ] {
             line.extend(words(&["-o", option]));
         }
-        line.extend(words(&["--", host, &self.remote_command()]));
+        line.extend(words(&["--", host, command]));
         line
     }
 

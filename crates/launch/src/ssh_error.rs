@@ -25,6 +25,14 @@ const KNOWN: [(&str, &str); 10] = [
     ("not responding", "it stopped answering"),
 ];
 
+/// One sentence on what ssh says, where it is known what it means.
+pub(crate) fn known(said: &str) -> Option<String> {
+    KNOWN.iter().find_map(|(sign, meaning)| {
+        let line = said.lines().rfind(|line| line.contains(sign))?;
+        Some(format!("{meaning} (`{}`)", line.trim()))
+    })
+}
+
 /// One sentence on a connection that has closed.
 ///
 /// - `greeted`: whether the agent had answered before.
@@ -33,17 +41,14 @@ const KNOWN: [(&str, &str); 10] = [
 /// - `noise`: what came on stdout instead of the agent's greeting.
 pub(crate) fn explain(greeted: bool, code: Option<i32>, said: &str, noise: &str) -> String {
     let last = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or_default();
-    let known = KNOWN.iter().find_map(|(sign, meaning)| {
-        said.lines().rfind(|line| line.contains(sign)).map(|line| (line.trim(), *meaning))
-    });
     let quoted = |text: &str| if text.is_empty() { String::new() } else { format!(" (`{text}`)") };
     let ended = match code {
         None => "ssh has not ended".to_owned(),
         Some(code @ 129..=159) => format!("ssh was killed by signal {}", code - 128),
         Some(code) => format!("ssh exited with code {code}"),
     };
-    match (known, code) {
-        (Some((line, meaning)), _) => format!("{meaning}{}", quoted(line)),
+    match (known(said), code) {
+        (Some(sentence), _) => sentence,
         (None, Some(127)) if !greeted => format!(
             "deepspeed is not installed where it is here, and not on its PATH; install it there, or give \
              --venv_script{}",

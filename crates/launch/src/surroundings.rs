@@ -117,7 +117,7 @@ fn read_if_there(what: &'static str, path: &Path) -> Result<Option<String>, Laun
 }
 
 /// The environment files in the home folder, then in the current one. `DS_ENV_FILE` gives another name or a whole path.
-fn read_env_files() -> Result<Vec<(PathBuf, String)>, LaunchError> {
+pub(crate) fn read_env_files() -> Result<Vec<(PathBuf, String)>, LaunchError> {
     let name =
         env::var_os("DS_ENV_FILE").filter(|name| !name.is_empty()).unwrap_or_else(|| ".deepspeed_env".into());
     let mut paths: Vec<PathBuf> = Vec::new();

@@ -61,6 +61,7 @@ mod span_io;
 mod store;
 mod stream;
 
+pub use engine::probe_io_uring;
 pub use error::OffloadError;
 pub use item::Item;
 pub use options::{ENGINE_VARIABLE, EngineChoice, Options};

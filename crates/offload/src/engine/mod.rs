@@ -41,6 +41,14 @@ pub(crate) fn start(file: &Arc<File>, options: &Options) -> Result<Started> {
     }
 }
 
+/// Whether io_uring can be used here: what [`EngineChoice::Auto`] would find out.
+///
+/// # Errors
+/// Why it is refused, in words.
+pub fn probe_io_uring() -> Result<(), String> {
+    uring::probe()
+}
+
 fn start_uring(file: &Arc<File>, options: &Options) -> Result<Started, String> {
     let engine = Uring::start(file, options)?;
     let rings = if options.threads == 1 { "1 ring".into() } else { format!("{} rings", options.threads) };

@@ -74,6 +74,11 @@ impl Drop for Ring {
     }
 }
 
+/// Opens a small ring and closes it.
+pub(super) fn probe() -> Result<(), String> {
+    open_ring(2).map(drop)
+}
+
 /// A ring that has been seen to work.
 fn open_ring(entries: u32) -> Result<IoUring, String> {
     let mut ring = IoUring::new(entries).map_err(|error| refusal(&error))?;
