@@ -124,6 +124,7 @@ fn hello(ends: Option<Ends>) -> Hello {
         hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         reached_at,
         reached_from,
+        slurm_job: std::env::var("SLURM_JOB_ID").ok(),
     }
 }
 

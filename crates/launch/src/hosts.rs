@@ -453,7 +453,7 @@ impl Job<'_> {
             }
         }
         if let Some(crossing) = &mut self.crossing {
-            crossing.close();
+            crossing.close(self.hosts.iter().find_map(|host| host.hello.slurm_job.as_deref()));
             if crossing.strangers() > 0 {
                 self.console.debug(&format!(
                     "deepspeed: {} callers that are no agents of this job were refused\n",

@@ -109,6 +109,8 @@ pub(crate) struct Hello {
     pub(crate) reached_at: Option<String>,
     /// The launcher's address as the host sees it, if it is known.
     pub(crate) reached_from: Option<String>,
+    /// The Slurm job that the agent runs in.
+    pub(crate) slurm_job: Option<String>,
 }
 
 /// What came in one frame from an agent.
