@@ -85,7 +85,8 @@ fn a_disk_gives_the_bits_of_memory() {
 fn train_large(world: usize, settings: &Settings) -> Vec<(Vec<Vec<f32>>, usize)> {
     const LEN: usize = 20_000;
     ranks(world, |group| {
-        let hypers = [Hyper { weight_decay: 0.1, ..Hyper::defaults(OptimizerKind::AdamW) }];
+        let mut hypers = [Hyper::defaults(OptimizerKind::AdamW)];
+        hypers[0].weight_decay = 0.1;
         let spec = ParamSpec { name: "large".to_owned(), shape: vec![LEN], dtype: DType::BF16, group: 0 };
         let choice = OptimizerChoice::Native(OptimizerKind::AdamW);
         let scaler = LossScaler::fixed(1.0);
