@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,35 @@ WIDTH = 1024
 
 def resident() -> int:
     """Bytes of this process in memory; what it shares with others counts in proportion."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no Pss in smaps_rollup")
+    return _bytes("Pss")
+
+
+def without_files() -> int:
+    """The same without pages of files, mostly libraries, whose part changes with every other process that has them."""
+    return _bytes("Pss_Anon", "Pss_Shmem")
+
+
+def _bytes(*kinds: str) -> int:
+    lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    found = {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in lines}
+    return sum(found[kind] for kind in kinds)
 
 
 class Watch:
-    """The greatest resident memory while the context lasts."""
+    """The most that `measure` gives while the context lasts."""
+
+    def __init__(self, measure: Callable[[], int] = resident):
+        self._measure = measure
 
     def __enter__(self) -> Watch:
-        self.peak, self._over = resident(), threading.Event()
+        self.peak, self._over = self._measure(), threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
         return self
 
     def _look(self) -> None:
         while not self._over.wait(0.01):
-            self.peak = max(self.peak, resident())
+            self.peak = max(self.peak, self._measure())
 
     def __exit__(self, *_: Any) -> None:
         self._over.set()

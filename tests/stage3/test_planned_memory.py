@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness import run_ranks
-from resident import WIDTH, Residual, Watch, resident
+from resident import WIDTH, Residual, Watch, without_files
 from variants import ADAMW, config, start
 
 LAYERS = 24
@@ -48,11 +48,11 @@ def peak_and_plan(stage: int, precision: str, backend: str | None) -> tuple[floa
     small = start(settings, Residual(1))
     step(small)
     small.destroy()
-    before = resident()
+    before = without_files()
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
         model = Residual(LAYERS)
     engine = start(settings, model)
-    with Watch() as watch:
+    with Watch(without_files) as watch:
         for _ in range(3):
             step(engine)
     return watch.peak - before, planned(engine)

@@ -52,7 +52,7 @@ pub enum Kind {
     MasterWeights,
     /// This rank's optimizer state, fp32.
     OptimizerState,
-    /// Buffers between a disk and the update.
+    /// Buffers between a disk and the update, or the gathering, of what lies there.
     OffloadBuffers,
     /// Buffers through which ranks exchange.
     ExchangeBuffers,
@@ -199,7 +199,7 @@ impl Table {
         let in_place = one_copy && compute == Tier::Host;
         if home == Tier::Nvme && !in_place {
             let here = in_use.div_ceil(facts.ranks()).saturating_add(kept);
-            self.own(Kind::Weights, Tier::Host, held.at_most(here).bytes());
+            self.own(Kind::OffloadBuffers, Tier::Host, held.at_most(here).bytes());
         }
         self.held(one_copy, Kind::Weights, home, held.bytes());
         let live = match home {
