@@ -70,9 +70,6 @@ class Config:
     def differences(self) -> str:
         """The settings that differ from their defaults, a line each."""
 
-    def unbuilt_on_a_device(self) -> list[tuple[str, str]]:
-        """What the config asks for that the engine cannot do on an accelerator: (setting, what it needs)."""
-
     def attributes(self) -> dict[str, Any]:
         """The settings under the attribute names of DeepSpeedConfig."""
 

@@ -70,7 +70,7 @@ def offloaded(names: tuple[str, ...], folder: str) -> dict[str, Any]:
 
 
 def test_state_on_the_host_is_updated_by_the_cpu_engine_itself(tmp_path: Any) -> None:
-    names = ("2 optimizer on cpu", "3 all on cpu", "3 optimizer on nvme")
+    names = ("2 optimizer on cpu", "3 all on cpu", "3 optimizer on nvme", "3 all on nvme")
     found = run_ranks(offloaded, 2, names, str(tmp_path), env=FORCED, deadline=120)
     expected = run_ranks(offloaded, 2, ("0",), str(tmp_path), deadline=60)
     for rank in range(2):
@@ -79,6 +79,68 @@ def test_state_on_the_host_is_updated_by_the_cpu_engine_itself(tmp_path: Any) ->
             for name in names:
                 for what in ("losses", "weights"):
                     assert found[rank][f"{name} {precision}"][what] == reference[what], f"{name} {precision}: {what}"
+
+
+def weights_away(folder: str, backend: str | None) -> dict[str, Any]:
+    """Stage 3 with its weights on the device, in the host's memory and on the disk, updated by the device."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return {
+        f"{precision} {name}": variants.train(CASES["tied and frozen"], name, precision, folder)
+        for precision in ("fp32", "bf16")
+        for name in ("3", "3 weights on cpu", "3 weights on nvme")
+    }
+
+
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_where_the_weights_wait_changes_no_bit(backend: str | None, tmp_path: Any) -> None:
+    for found in run_ranks(weights_away, 2, str(tmp_path), backend, env=FORCED, deadline=120):
+        for precision in ("fp32", "bf16"):
+            reference = found[f"{precision} 3"]
+            assert reference["moved"]
+            assert found[f"{precision} 3 weights on cpu"] == reference
+            assert found[f"{precision} 3 weights on nvme"] == reference
+
+
+def shared_out(ratio: float, optimizer: dict[str, Any], client: bool, device: str, folder: str) -> dict[str, Any]:
+    """Two updates with a part of the state on the host, or on its disk; what is in which unit."""
+    away = {"device": device, "ratio": ratio, **({"nvme_path": folder} if device == "nvme" else {})}
+    zero = {"stage": 3, "reduce_bucket_size": 700, **({"offload_optimizer": away} if ratio else {})}
+    settings = config(3, zero_optimization=zero, optimizer=None if client else optimizer)
+    model = build()
+    engine = start(settings, model, **({"optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)} if client else {}))
+    weights = []
+    for index in range(2):
+        micro_step(engine, index)
+        with whole(engine.module):
+            weights.append({name: p.detach().clone() for name, p in engine.module.named_parameters()})
+    engine.save_checkpoint(folder, f"{ratio} {optimizer['type']} {client} {device}")
+    units = [[engine._trained.names[index] for index in unit] for unit in engine._native.units()]
+    engine.destroy()
+    return {"weights": weights, "units": units}
+
+
+@pytest.mark.parametrize(
+    ("kind", "client", "device"),
+    [("AdamW", False, "cpu"), ("AdamW", False, "nvme"), ("Lamb", False, "nvme"), ("AdamW", True, "cpu")],
+)
+def test_a_part_of_the_state_may_be_on_the_host(kind: str, client: bool, device: str, tmp_path: Any) -> None:
+    optimizer = {"type": kind, "params": {"lr": 1e-2}}
+    arguments = (optimizer, client, device, str(tmp_path))
+    none, half, all_of_it = (
+        run_ranks(shared_out, 2, ratio, *arguments, env=FORCED, deadline=60)[0] for ratio in (0.0, 0.5, 1.0)
+    )
+    # In the first step gradients are the same whoever updates, so each unit has the weights of whoever updates it.
+    after = half["weights"][0]
+    at_host = [all(torch.equal(after[n], all_of_it["weights"][0][n]) for n in unit) for unit in half["units"]]
+    on_device = [all(torch.equal(after[n], none["weights"][0][n]) for n in unit) for unit in half["units"]]
+    assert all(host or device for host, device in zip(at_host, on_device, strict=True))
+    if not client:  # torch's optimizer computes the same on both
+        assert not all(at_host) and not all(on_device), "both have updated something"
+        assert all(on_device[at_host.index(False) :]), "the first units are on the host"
+    for name, value in half["weights"][1].items():
+        assert torch.allclose(value, none["weights"][1][name], atol=1e-4), name
 
 
 OPTIMIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -221,22 +283,3 @@ def single_parameters(stage: int, precision: str) -> dict[str, bool]:
 def test_single_parameters_can_be_read_and_written(stage: int, precision: str) -> None:
     for found in run_ranks(single_parameters, 2, stage, precision, env=FORCED):
         assert all(found.values()), found
-
-
-def refused(folder: str) -> list[str]:
-    from deepspeed._features import FeatureNotBuiltError
-
-    messages = []
-    for block in (
-        {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": folder}},
-        {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
-    ):
-        with pytest.raises(FeatureNotBuiltError) as raised:
-            start(config(zero_optimization=block))
-        messages.append(str(raised.value))
-    return messages
-
-
-def test_what_the_device_path_lacks_is_named(tmp_path: Any) -> None:
-    ((disk, part),) = run_ranks(refused, 1, str(tmp_path), env=FORCED)
-    assert 'offload_param.device "nvme"' in disk and "ratio" in part

@@ -21,7 +21,16 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 # Relative differences of losses to those on the CPU: reductions in other orders, amplified by six updates.
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 STAGES = ("0", "1", "2", "3", "3 defaults")
-OFFLOADED = ("2 optimizer on cpu", "3 optimizer on cpu", "3 all on cpu")
+OFFLOADED = (
+    "2 optimizer on cpu",
+    "3 optimizer on cpu",
+    "3 half of the optimizer on cpu",
+    "3 all on cpu",
+    "3 optimizer on nvme",
+    "3 all on nvme",
+)
+# Only the weights wait elsewhere; the device updates them.
+WEIGHTS_AWAY = ("3 weights on cpu", "3 weights on nvme")
 MODELS = ("lstm", "tied and frozen", "experts", "convolutions", "reused", "returns dict")
 
 
@@ -97,7 +106,7 @@ def assert_close(gpu: dict[str, Any], cpu: dict[str, Any], precision: str) -> No
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("variant", STAGES + OFFLOADED)
+@pytest.mark.parametrize("variant", STAGES + OFFLOADED + WEIGHTS_AWAY)
 def test_every_stage_trains_on_the_gpu(variant: str, precision: str, tmp_path: Any) -> None:
     ((gpu, cpu),) = run_ranks(on_both, 1, "gpt", variant, precision, str(tmp_path), deadline=180)
     assert_close(gpu, cpu, precision)
@@ -131,7 +140,8 @@ def test_two_gloo_ranks_share_one_gpu(variant: str, precision: str, tmp_path: An
 
 def all_stages(precision: str, folder: str) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
-    return {variant: train("tied and frozen", variant, precision, DEVICE, folder) for variant in STAGES + OFFLOADED}
+    variants = STAGES + OFFLOADED + WEIGHTS_AWAY
+    return {variant: train("tied and frozen", variant, precision, DEVICE, folder) for variant in variants}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -140,7 +150,7 @@ def test_stages_agree_on_the_gpu(precision: str, tmp_path: Any) -> None:
     env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     (found,) = run_ranks(all_stages, 1, precision, str(tmp_path), deadline=240, env=env)
     reference = found["0"]
-    for variant in STAGES[1:]:
+    for variant in STAGES[1:] + WEIGHTS_AWAY:
         assert found[variant]["losses"] == reference["losses"], variant
         assert torch.equal(found[variant]["weights"], reference["weights"]), variant
     for variant in OFFLOADED:
@@ -176,7 +186,7 @@ def digest_on_host(module: torch.nn.Module) -> str:
     return str(values(module).cpu().tolist())
 
 
-@pytest.mark.parametrize("variant", ["1", "3", "3 all on cpu"])
+@pytest.mark.parametrize("variant", ["1", "3", "3 all on cpu", "3 weights on nvme", "3 half of the optimizer on cpu"])
 def test_a_checkpoint_of_the_gpu_resumes_there_and_on_the_cpu(variant: str, tmp_path: Any) -> None:
     for through, again, on_host in run_ranks(resumed, 1, variant, str(tmp_path), deadline=180):
         assert through == again and on_host
@@ -260,4 +270,4 @@ def test_checkpointed_inputs_are_kept_on_the_host(precision: str) -> None:
 
 
 def test_the_variants_are_those_of_the_cpu_tests() -> None:
-    assert set(STAGES + OFFLOADED) <= set(BLOCKS)
+    assert set(STAGES + OFFLOADED + WEIGHTS_AWAY) <= set(BLOCKS)

@@ -2,128 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from host_job import DEEPSPEED, LIMIT, MEMBER, SCRIPTS, Job, assert_gone, run
 from servers import Servers, children, command_of, kill, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
-DEEPSPEED = Path(os.environ.get("DEEPSPEED_COMMAND") or Path(sys.executable).parent / "deepspeed")
-SCRIPTS = Path(__file__).parent / "scripts"
-# What a failure may take: the report is there, and nothing is left on any host.
-LIMIT = 10
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     with Servers(tmp_path_factory.mktemp("servers"), 2) as started:
         yield started
-
-
-class Job:
-    """`deepspeed` on both hosts with two slots each, in `folder`; a context manager that ends it.
-
-    config: another ssh configuration than the servers' own.
-    """
-
-    def __init__(
-        self,
-        servers: Servers,
-        folder: Path,
-        *arguments: str | Path,
-        env: dict[str, str] | None = None,
-        config: Path | None = None,
-    ):
-        self.servers = servers
-        self.out, self.err = folder / "job.out", folder / "job.err"
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(env or {})}
-        line = [
-            DEEPSPEED,
-            "--hostfile",
-            servers.hostfile(2),
-            "--launcher_args",
-            f"-F '{config or servers.config}'",
-            *arguments,
-        ]
-        # A test run that was started in the background ignores Ctrl-C, and the launcher would honour that.
-        with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.process = subprocess.Popen(
-                ["env", "--default-signal=INT", *map(str, line)], cwd=folder, env=environment,
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-    @property
-    def text(self) -> str:
-        return self.out.read_text(errors="replace") + self.err.read_text(errors="replace")
-
-    def wait(self, deadline: float) -> int:
-        try:
-            return self.process.wait(timeout=deadline)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {deadline} s:\n{self.text}") from None
-
-    def await_members(self) -> dict[int, list[int]]:
-        """rank -> the processes of the rank and of its agent, its child, and the one in a session of its own."""
-        until = time.monotonic() + 60
-        while len(members := self.members()) < 4:
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
-            assert time.monotonic() < until, f"the ranks are not ready:\n{self.text}"
-            time.sleep(0.02)
-        return members
-
-    def members(self) -> dict[int, list[int]]:
-        """The same of those ranks that have said so."""
-        pattern = r"rank (\d) ready, process (\d+), agent (\d+), child (\d+), apart (\d+)\n"
-        found = re.findall(pattern, self.out.read_text(errors="replace"))
-        return {int(rank): [int(pid) for pid in pids] for rank, *pids in found}
-
-
-def run(
-    servers: Servers,
-    folder: Path,
-    *arguments: str | Path,
-    env: dict[str, str] | None = None,
-    config: Path | None = None,
-) -> Job:
-    with Job(servers, folder, *arguments, env=env, config=config) as job:
-        job.wait(120)
-    return job
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def assert_gone(members: dict[int, list[int]], within: float = 0.0) -> None:
-    pids = [pid for family in members.values() for pid in family]
-    until = time.monotonic() + within
-    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not left, f"{left} of {members} are left: {[command_of(pid) for pid in left]}"
-
-
-MEMBER = ("--no_python", "--no_local_rank", SCRIPTS / "member.sh")
 
 
 def test_what_ranks_get(servers: Servers, tmp_path: Path) -> None:
@@ -140,13 +39,18 @@ def test_what_ranks_get(servers: Servers, tmp_path: Path) -> None:
 
 
 def test_the_secret_is_in_no_command_line(servers: Servers, tmp_path: Path) -> None:
+    seen: set[str] = set()
     with Job(servers, tmp_path, *MEMBER, "wait") as job:
-        members = job.await_members()
+        # From the first ssh client on, and of both ends: the hosts' processes are processes of this machine.
+        while len(members := job.members()) < 4:
+            seen |= {command_of(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+            assert job.process.poll() is None, job.text
         environment = (Path("/proc") / str(members[3][0]) / "environ").read_bytes().split(b"\0")
         (secret,) = (entry.split(b"=")[1] for entry in environment if entry.startswith(b"DS_JOB_SECRET="))
         assert len(secret) == 64
-        lines = [command_of(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        assert not [line for line in lines if secret.decode() in line]
+        seen |= {command_of(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+        assert any("__agent" in line for line in seen) and any("member.sh wait" in line for line in seen)
+        assert not [line for line in seen if secret.decode() in line]
         assert secret.decode() not in job.text
         job.process.terminate()
         assert job.wait(LIMIT) == 128 + signal.SIGTERM, job.text
@@ -200,13 +104,51 @@ def test_a_killed_agent(servers: Servers, tmp_path: Path) -> None:
         members = job.await_members()
         kill(members[2][1])
         assert job.wait(LIMIT) not in (0, None), job.text
-        # Nobody is left there to see to what has left its rank's group.
-        orphans = {rank: members[rank][:3] for rank in (2, 3)}
-        assert_gone({0: members[0], 1: members[1], **orphans}, within=3)
+        # The guard sees to its host, also to what has left its rank's group.
+        assert_gone(members, within=3)
         assert "host worker-2 failed: it was lost" in job.text and "with it:   ranks 2-3" in job.text
         assert "ended:     ranks 0-1, by the launcher" in job.text
-        for rank in (2, 3):
-            kill(members[rank][3])
+
+
+def test_silent_hosts(servers: Servers, tmp_path: Path) -> None:
+    """Nothing is closed and nothing comes: the agent, this end of the connection, or the other end is stopped."""
+    silent = {}
+    with contextlib.ExitStack() as jobs:
+        for who in ("agent", "client", "server"):
+            (tmp_path / who).mkdir()
+            job = jobs.enter_context(Job(servers, tmp_path / who, *MEMBER, "deaf"))
+            members = job.await_members()
+            if who == "agent":
+                victim = members[2][1]
+            elif who == "client":
+                (victim,) = (pid for pid in children(job.process.pid) if "-- worker-2 " in command_of(pid))
+            else:
+                (victim,) = (pid for pid in servers.sessions() if members[2][1] in children(pid))
+            kill(victim, signal.SIGSTOP)
+            silent[who] = (job, members, victim, time.monotonic())
+        for who, (job, members, victim, began) in silent.items():
+            assert job.wait(began + LIMIT - time.monotonic()) == 255, job.text
+            assert "host worker-2 failed: it was lost" in job.text and "with it:   ranks 2-3" in job.text, who
+            assert "it has said nothing for 6 s" in job.text and "ended:     ranks 0-1" in job.text, job.text
+            if who == "server":
+                kill(victim, signal.SIGCONT)  # the network is back, and the agent finds its launcher gone
+            assert_gone(members, within=6)
+
+
+def test_a_rank_at_its_memory_limit(servers: Servers, tmp_path: Path) -> None:
+    done = run(servers, tmp_path, SCRIPTS / "greedy.py", slots=1)
+    here = subprocess.run(
+        [DEEPSPEED, "--num_gpus", "2", SCRIPTS / "greedy.py"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=60, env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    for code, text in ((done.process.returncode, done.text), (here.returncode, here.stderr)):
+        assert code == 1, text
+        assert "rank 1 failed: exited with code 1" in text
+        assert (
+            "evidence:  out of memory: it was refused memory and said `MemoryError`; its limit is 2.0 GiB (ulimit -v)"
+            in text
+        )
+        assert "ended:     rank 0, by the launcher" in text
 
 
 @pytest.mark.parametrize("end", ["client", "server"])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from harness import run_outcomes, run_ranks
 from models import CASES, Case, build, point_batch, points, sequences, token_loss
-from variants import BLOCKS, STAGE_3, VARIANTS, config, digest, micro_step, start
+from variants import STAGE_3, VARIANTS, config, digest, micro_step, start
 
 REFERENCE, *OTHERS = VARIANTS
 
@@ -81,17 +81,12 @@ def test_any_order_of_modules_gives_the_same_bits(name: str, world: int, tmp_pat
     assert_same(run_ranks(in_order, world, name, str(tmp_path)))
 
 
-def over_any_transport(variants: Any) -> list[str]:
-    """Weights in a file are for ranks that share it."""
-    return [name for name in variants if BLOCKS[name].get("offload_param", {}).get("device") != "nvme"]
-
-
 def over_gloo(name: str, folder: str) -> dict[str, Any]:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=15), verbose=False)
     out = {}
-    for variant in over_any_transport(VARIANTS):
+    for variant in VARIANTS:
         engine = start(config(variant, folder=folder), build(ORDERS[name]))
         assert "gloo" in engine._group.transport
         out[variant] = trained(engine, ORDERS[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,6 +304,42 @@ def test_what_programs_do_between_steps() -> None:
         assert all(it == reference for it in found), (reference, found)
 
 
+# -- weights on a disk --------------------------------------------------------------------------------------------------
+
+
+def from_a_disk(names: list[str], precision: str, folder: str) -> dict[str, Any]:
+    """Whether weights in files of the ranks' own train, are saved and resume as those in memory."""
+    over_gloo()
+    out = {}
+    disk = {"device": "nvme", "nvme_path": folder}
+    blocks = {"lean": {"offload_param": disk}, "mixed": {"offload_param": disk, "offload_optimizer": disk}}
+    for name in names:
+        reference = train(CASES[name], settings(2, precision), DTYPES[precision])
+        for limits, zero in blocks.items():
+            found = train(CASES[name], settings(3, precision, limits, zero=zero), DTYPES[precision])
+            out[f"{name}, {limits}"] = found == reference
+        engine = start(settings(3, precision, zero={"offload_param": disk}), build(CASES[name]))
+        micro_step(engine, CASES[name], 0, DTYPES[precision])
+        engine.save_checkpoint(folder, name)
+        losses = [micro_step(engine, CASES[name], index, DTYPES[precision]) for index in (1, 2)]
+        ending = digest(engine.module)
+        engine.destroy()
+        zero = {"offload_param": disk | {"max_in_cpu": 10**9}}
+        engine = start(settings(3, precision, zero=zero), build(CASES[name], seed=99))
+        engine.load_checkpoint(folder, name)
+        again = [micro_step(engine, CASES[name], index, DTYPES[precision]) for index in (1, 2)]
+        out[f"{name} resumes"] = again == losses and digest(engine.module) == ending
+        engine.destroy()
+    return out
+
+
+@pytest.mark.parametrize(("world", "precision"), [(2, "fp32"), (3, "bf16"), (2, "fp16")])
+def test_weights_in_files_of_the_ranks_own(world: int, precision: str, tmp_path: Path) -> None:
+    names = ["gpt", "tied and frozen"] if world == 2 else ["empty", "reused"]
+    for found in run_ranks(from_a_disk, world, names, precision, str(tmp_path), deadline=120):
+        assert all(found.values()), found
+
+
 class Hidden(nn.Module):
     """A block whose second result is an attribute, whose weight is also used detached, and which returns an object that
     hides its tensors."""
@@ -384,6 +421,10 @@ def attributes() -> dict[str, Any]:
     found["state"] = torch.equal(state["second.0.weight"], plain["second.0.weight"] * 2) and set(state) == set(
         engine.module.state_dict()
     )
+    into = {"other": torch.ones(1)}
+    same = engine.module_state_dict(destination=into, prefix="model.") is into
+    found["destination"] = same and set(into) == {"other", *("model." + name for name in state)}
+    found["vars"] = engine.module_state_dict(keep_vars=True)["second.0.weight"] is weight
     weight.all_gather()
     found["method"] = weight.numel() == weight.ds_numel
     weight.partition()
@@ -465,11 +506,12 @@ def test_weights_loaded_into_a_sharded_model() -> None:
 # -- zero.Init ---------------------------------------------------------------------------------------------------------
 
 
-def constructed(name: str, stage: int) -> dict[str, Any]:
+def constructed(name: str, stage: int, folder: str) -> dict[str, Any]:
     import deepspeed
 
     over_gloo()
-    case, config = CASES[name], settings(stage)
+    disk = {"offload_param": {"device": "nvme", "nvme_path": folder}} if name == "returns dict" else {}
+    case, config = CASES[name], settings(stage, zero=disk)
     plain = train(case, settings(2))
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = build(case, seed=11 + deepspeed.comm.get_rank())  # rank 0's values count
@@ -490,10 +532,11 @@ def constructed(name: str, stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("convolutions", 3), ("tied and frozen", 3), ("reused", 3), ("empty", 3), ("reused", 2)]
+    ("name", "stage"),
+    [("convolutions", 3), ("tied and frozen", 3), ("reused", 3), ("empty", 3), ("reused", 2), ("returns dict", 3)],
 )
-def test_a_model_that_no_rank_ever_held_whole(name: str, stage: int) -> None:
-    for found in run_ranks(constructed, 2, name, stage, deadline=90):
+def test_a_model_that_no_rank_ever_held_whole(name: str, stage: int, tmp_path: Path) -> None:
+    for found in run_ranks(constructed, 2, name, stage, str(tmp_path), deadline=90):
         assert all(found.values()), found
 
 

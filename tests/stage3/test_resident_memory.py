@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from harness import run_ranks
+from resident import MIB, WIDTH, Residual, Watch, resident
 from variants import ADAMW, config, start
 
-MIB = 2**20
-WIDTH, LAYERS = 1024, 40
+LAYERS = 40
 
 
-def resident() -> int:
-    """Bytes of this process in memory; what it shares with others counts in proportion."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no Pss in smaps_rollup")
-
-
-class Watch:
-    """The greatest resident memory while the context lasts."""
-
-    def __enter__(self) -> Watch:
-        self.peak, self._over = resident(), threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._over.wait(0.01):
-            self.peak = max(self.peak, resident())
-
-    def __exit__(self, *_: Any) -> None:
-        self._over.set()
-        self._thread.join()
-
-
-class Residual(nn.Module):
-    """Layers whose signal neither fades nor grows."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = x + layer(x) / LAYERS
-        return x
-
-
-def train(folder: str) -> dict[str, float]:
+def train(folder: str, backend: str | None) -> dict[str, float]:
     import deepspeed
 
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     nvme = {"device": "nvme", "nvme_path": folder}
     zero = {
         "stage": 3,
@@ -92,11 +52,13 @@ def train(folder: str) -> dict[str, float]:
     return {"first": losses[0], "last": losses[-1], "grown": grown}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_everything_on_nvme_stays_under_a_quarter_of_the_fp32_state(world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "backend"), [(1, None), (2, None), (2, "gloo")])
+def test_everything_on_nvme_stays_under_a_quarter_of_the_fp32_state(
+    world: int, backend: str | None, tmp_path: Path
+) -> None:
     # Master weights and Adam's two moments.
     state = 3 * 4 * LAYERS * WIDTH * WIDTH
-    found = run_ranks(train, world, str(tmp_path), deadline=120)
+    found = run_ranks(train, world, str(tmp_path), backend, deadline=120)
     assert all(rank["last"] != rank["first"] for rank in found), "the model trains"
     total = sum(rank["grown"] for rank in found)
     assert 0 < total < state / 4, f"{total / MIB:.0f} MiB of {state / MIB:.0f} MiB"

@@ -50,6 +50,12 @@ BLOCKS: dict[str, dict[str, Any]] = {
 # What is compared. The first is the reference.
 VARIANTS = tuple(BLOCKS)
 
+# What differs from others only where a device has the optimizer's state.
+BLOCKS |= {
+    "3 weights on cpu": {**_SMALL, "offload_param": _CPU},
+    "3 weights on nvme": {**_SMALL, "offload_param": {"device": "nvme", "nvme_path": "{folder}", "max_in_cpu": 500}},
+}
+
 STAGE_3 = tuple(name for name in VARIANTS if BLOCKS[name]["stage"] == 3)
 PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -29,6 +29,9 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|word| word == deepspeed_launch::AGENT_COMMAND) {
         return deepspeed_launch::agent_main(args.into_iter().skip(2));
     }
+    if args.len() == 2 && args[1] == deepspeed_launch::GUARD_COMMAND {
+        return deepspeed_launch::guard_main();
+    }
     if args.len() >= 2 && args[1] == bench_command::RANK_COMMAND {
         return bench_command::rank_main(&args[2..]);
     }

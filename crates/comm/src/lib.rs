@@ -44,7 +44,7 @@
 //! - **COMM-9** A rank marks a call as finished after it has consumed the call's last chunk. A peer that is gone is an
 //!   error only to a call that it had not finished; its end is looked at before its progress is.
 //!
-//! - **COMM-10** Of a [`SharedUnits`] a rank writes only its own shards, and only while no rank computes with them:
+//! - **COMM-10** Of a [`MappedUnits`] a rank writes only its own shards, and only while no rank computes with them:
 //!   between a collective that all reach after their last use and one that all reach before their next.
 //!
 //! The processes that open a segment belong to one user and one program: the protocol protects from their death, not
@@ -57,6 +57,7 @@ mod error;
 mod fingerprint;
 mod group;
 mod lookout;
+mod mapped_units;
 mod over_bytes;
 mod pieces;
 mod position;
@@ -64,7 +65,6 @@ mod region;
 mod ring;
 mod segment;
 mod shared;
-mod shared_units;
 mod solo;
 mod vigil;
 mod wait;
@@ -77,10 +77,10 @@ pub use error::{Absent, CommError, Departure, ErrorKind, Place};
 pub use fingerprint::{Fingerprint, Operation, WHAT_BYTES};
 pub use group::{Group, Into, Pieces, PiecesMut, Produce};
 pub use lookout::Member;
+pub use mapped_units::{MappedUnits, UnitPages};
 pub use over_bytes::OverBytes;
 pub use pieces::BLOCK;
 pub use region::{Access, Region};
 pub use segment::{MAX_WORLD, Segment};
 pub use shared::{Interrupt, Options, SharedMemory, threads};
-pub use shared_units::{SharedUnits, UnitPages};
 pub use solo::Solo;

@@ -48,6 +48,8 @@ pub struct OverBytes<T> {
     activity: Mutex<String>,
     failed: Mutex<Option<CommError>>,
     lookout: Option<Lookout>,
+    /// Memory for messages, sent and received, kept for the next call: what allocators keep of freed buffers can be more.
+    messages: Mutex<Vec<AlignedBuffer>>,
 }
 
 impl<T: ByteTransport> OverBytes<T> {
@@ -55,7 +57,17 @@ impl<T: ByteTransport> OverBytes<T> {
     /// as its transport does.
     pub fn new(transport: T, rank: Rank, world: usize, name: String) -> Self {
         let (seq, activity, failed) = (AtomicU64::new(0), Mutex::default(), Mutex::default());
-        Self { transport, rank, world, name, seq, activity, failed, lookout: None }
+        Self {
+            transport,
+            rank,
+            world,
+            name,
+            seq,
+            activity,
+            failed,
+            lookout: None,
+            messages: Mutex::default(),
+        }
     }
 
     /// The same group, whose ranks tell each other on `board` where they are: a wait that lasts warns who is missing,
@@ -115,6 +127,24 @@ impl<T: ByteTransport> OverBytes<T> {
                 Err(error)
             }
         }
+    }
+
+    /// Memory of at least so many bytes each, to be given back to [`keep`](Self::keep): to send from, to receive in.
+    fn lend(&self, sent: usize, received: usize) -> (AlignedBuffer, AlignedBuffer) {
+        let mut kept = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut of = |bytes: usize| {
+            let fits = kept.iter().position(|buffer| buffer.len() * DType::BF16.size() >= bytes);
+            let found = fits.or_else(|| kept.len().checked_sub(1)).map(|index| kept.swap_remove(index));
+            let large_enough = found.filter(|buffer| buffer.len() * DType::BF16.size() >= bytes);
+            large_enough.unwrap_or_else(|| AlignedBuffer::zeroed(bytes / DType::BF16.size(), DType::BF16))
+        };
+        let received = of(received);
+        (of(sent), received)
+    }
+
+    /// Takes back what [`lend`](Self::lend) gave.
+    fn keep(&self, messages: [AlignedBuffer; 2]) {
+        *self.messages.lock().unwrap_or_else(PoisonError::into_inner) = messages.into();
     }
 
     fn caller(&self) -> Caller {
@@ -295,19 +325,21 @@ impl<T: ByteTransport> Group for OverBytes<T> {
             }
             // A message begins at a multiple of 64 bytes, so payloads are aligned for every dtype.
             let message = (HEADER + part * wire.size()).next_multiple_of(64);
-            let mut send = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
-            let receive = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
-            for (rank, bytes) in send.span_mut().as_bytes_mut().chunks_exact_mut(message).enumerate() {
+            let total = message * self.world;
+            let (mut send, receive) = self.lend(total, total);
+            let mut to_all = send.span_mut();
+            for (rank, bytes) in to_all.as_bytes_mut()[..total].chunks_exact_mut(message).enumerate() {
                 bytes[..HEADER].copy_from_slice(&call.to_bytes());
                 if rank != self.rank.index() {
                     let range = rank * part..(rank + 1) * part;
                     input.read(&range, &mut numbers_mut(&mut bytes[HEADER..], part, wire));
                 }
             }
-            let (_, receive) = self.moved(call, (send, receive), |transport, (send, receive)| {
-                transport.all_to_all(send.span().as_bytes(), receive.span_mut().as_bytes_mut())
+            let (send, receive) = self.moved(call, (send, receive), |transport, (send, receive)| {
+                let mut received = receive.span_mut();
+                transport.all_to_all(&send.span().as_bytes()[..total], &mut received.as_bytes_mut()[..total])
             })?;
-            let received = receive.span().as_bytes();
+            let received = &receive.span().as_bytes()[..total];
             let mut peers = Vec::with_capacity(self.world);
             for (rank, bytes) in received.chunks_exact(message).enumerate() {
                 peers.push(numbers(self.payload(call, rank, bytes)?, part, wire));
@@ -316,6 +348,7 @@ impl<T: ByteTransport> Group for OverBytes<T> {
             let reduction = Reduction { input, start: me * part, me, world: self.world, scale, into };
             let mut squares = 0.0;
             Reducer::new().reduce(&reduction, &(0..part), |rank| Some(peers[rank]), shard, &mut squares);
+            self.keep([send, receive]);
             Ok(squares)
         })
     }
@@ -334,19 +367,22 @@ impl<T: ByteTransport> Group for OverBytes<T> {
                 return Err(CommError::Arguments { rank, operation, what, problem });
             }
             let message = (HEADER + part * dtype.size()).next_multiple_of(64);
-            let mut mine = AlignedBuffer::zeroed(message / 2, DType::BF16);
-            let all = AlignedBuffer::zeroed(message * self.world / 2, DType::BF16);
+            let total = message * self.world;
+            let (mut mine, all) = self.lend(message, total);
             let mut mine_span = mine.span_mut();
             let bytes = mine_span.as_bytes_mut();
             bytes[..HEADER].copy_from_slice(&call.to_bytes());
             produce(0..part, numbers_mut(&mut bytes[HEADER..], part, dtype));
-            let (_, all) = self.moved(call, (mine, all), |transport, (mine, all)| {
-                transport.all_gather(mine.span().as_bytes(), all.span_mut().as_bytes_mut())
+            let (mine, all) = self.moved(call, (mine, all), |transport, (mine, all)| {
+                let mut received = all.span_mut();
+                transport
+                    .all_gather(&mine.span().as_bytes()[..message], &mut received.as_bytes_mut()[..total])
             })?;
-            for (rank, bytes) in all.span().as_bytes().chunks_exact(message).enumerate() {
+            for (rank, bytes) in all.span().as_bytes()[..total].chunks_exact(message).enumerate() {
                 let payload = self.payload(call, rank, bytes)?;
                 output.write(&(rank * part..(rank + 1) * part), numbers(payload, part, dtype));
             }
+            self.keep([mine, all]);
             Ok(())
         })
     }

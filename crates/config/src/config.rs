@@ -128,6 +128,8 @@ pub struct ZeroConfig {
     pub stage: ZeroStage,
     /// Gradients are reduced in pieces of about this many elements, or fewer.
     pub reduce_bucket_size: usize,
+    /// The most elements of a rank's part of a unit that stream between a disk and the update at a time.
+    pub sub_group_size: usize,
     /// The greatest number of elements gathered in one piece; no effect, kept for the getters of the Python face.
     pub allgather_bucket_size: usize,
     /// As given; no effect, kept for the getters of the Python face.

@@ -109,6 +109,7 @@ fn build(checked: &Checked<'_>) -> Config {
         zero: ZeroConfig {
             stage: zero_stage(checked),
             reduce_bucket_size: size("zero_optimization.reduce_bucket_size"),
+            sub_group_size: size("zero_optimization.sub_group_size"),
             allgather_bucket_size: size("zero_optimization.allgather_bucket_size"),
             overlap_comm: checked
                 .member("zero_optimization.overlap_comm")

@@ -74,7 +74,7 @@ const PMIX: Source = Source {
     name: "PMIx",
     rank: &["PMIX_RANK"],
     size: &["PALS_SIZE", "SLURM_STEP_NUM_TASKS"],
-    local_rank: &["PALS_LOCAL_RANKID", "MPI_LOCALRANKID", "SLURM_LOCALID"],
+    local_rank: &["PALS_LOCAL_RANKID", "MPI_LOCALRANKID"],
     local_size: &["PALS_LOCAL_SIZE", "MPI_LOCALNRANKS"],
     how: "",
 };
@@ -145,11 +145,12 @@ fn read(env: &Environment, port: u16, source: &Source) -> Result<Option<World>, 
     if rank >= size {
         return Err(DiscoveryError::Rank { rank_name, rank, size_name, size });
     }
-    let local_rank = first_number(env, source.local_rank)?.map(|(_, number)| number);
+    let mut local_rank = first_number(env, source.local_rank)?.map(|(_, number)| number);
     let mut local_size = first_number(env, source.local_size)?.map(|(_, number)| number);
     let step = slurm_step(env, rank, size)?;
     if let Some(step) = &step {
         local_size = local_size.or(step.local_size);
+        local_rank = local_rank.or(step.local_rank);
     }
     let master_addr = match env.get("MASTER_ADDR").filter(|value| !value.is_empty()) {
         Some(address) => Some(address.clone()),
@@ -173,6 +174,7 @@ fn read(env: &Environment, port: u16, source: &Source) -> Result<Option<World>, 
 /// The step of Slurm that this process is a task of.
 struct Step {
     first_host: Option<String>,
+    local_rank: Option<u32>,
     local_size: Option<u32>,
 }
 
@@ -194,7 +196,8 @@ fn slurm_step(env: &Environment, rank: u32, size: u32) -> Result<Option<Step>, D
         None => Vec::new(),
     };
     let node = number(env, "SLURM_NODEID")?.unwrap_or(0) as usize;
-    Ok(Some(Step { first_host, local_size: tasks.get(node).copied() }))
+    let local_rank = number(env, "SLURM_LOCALID")?;
+    Ok(Some(Step { first_host, local_rank, local_size: tasks.get(node).copied() }))
 }
 
 fn azureml(env: &Environment) -> Result<Option<World>, DiscoveryError> {
@@ -313,7 +316,38 @@ mod tests {
             found("RANK=2 WORLD_SIZE=2 MASTER_ADDR=h"),
             found("RANK=0 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=x"),
             found("OMPI_COMM_WORLD_RANK=one OMPI_COMM_WORLD_SIZE=2"),
-        ].join("\n"));
+        ].join("\n"), @r#"
+        nothing
+        the launcher's variables: LOCAL_RANK=0 RANK=0 WORLD_SIZE=1
+        the launcher's variables: LOCAL_RANK=0 MASTER_ADDR=h MASTER_PORT=7 RANK=1 WORLD_SIZE=2
+        the launcher's variables: LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 RANK=1 WORLD_SIZE=2
+        Open MPI: LOCAL_RANK=1 LOCAL_SIZE=2 RANK=3 WORLD_SIZE=4; rank 3 of 4 (from Open MPI) does not know where rank 0 is: set MASTER_ADDR to the host of rank 0 for every rank (mpirun -x MASTER_ADDR=HOST ...), or install mpi4py, or start the job with the deepspeed command
+        Open MPI: LOCAL_RANK=1 LOCAL_SIZE=2 MASTER_ADDR=h MASTER_PORT=7 RANK=3 WORLD_SIZE=4
+        Open MPI: LOCAL_RANK=1 LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 RANK=1 WORLD_SIZE=2
+        MVAPICH: LOCAL_RANK=0 LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 RANK=0 WORLD_SIZE=2
+        PMI: LOCAL_RANK=1 LOCAL_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 RANK=1 WORLD_SIZE=4
+        PMI: LOCAL_RANK=1 LOCAL_SIZE=2 RANK=1 WORLD_SIZE=4; rank 1 of 4 (from PMI) does not know where rank 0 is: set MASTER_ADDR to the host of rank 0 for every rank (mpirun -genv MASTER_ADDR HOST ...), or install mpi4py, or start the job with the deepspeed command
+        PMI: LOCAL_RANK=0 LOCAL_SIZE=1 RANK=1 WORLD_SIZE=2; rank 1 of 2 (from PMI) does not know where rank 0 is: set MASTER_ADDR to the host of rank 0 for every rank (mpirun -genv MASTER_ADDR HOST ...), or install mpi4py, or start the job with the deepspeed command
+        nothing
+        Slurm: LOCAL_RANK=1 LOCAL_SIZE=4 MASTER_ADDR=gpu08 MASTER_PORT=29500 RANK=5 WORLD_SIZE=8
+        Slurm: LOCAL_RANK=1 LOCAL_SIZE=4 MASTER_ADDR=10.0.0.1 MASTER_PORT=7 RANK=5 WORLD_SIZE=8
+        PMI: LOCAL_RANK=1 LOCAL_SIZE=4 MASTER_ADDR=gpu08 MASTER_PORT=29500 RANK=5 WORLD_SIZE=8
+        PMIx: LOCAL_RANK=1 LOCAL_SIZE=4 MASTER_ADDR=gpu08 MASTER_PORT=29500 RANK=5 WORLD_SIZE=8
+        Slurm: LOCAL_RANK=1 LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 RANK=1 WORLD_SIZE=2
+        Open MPI: LOCAL_RANK=1 LOCAL_SIZE=2 RANK=3 WORLD_SIZE=4; rank 3 of 4 (from Open MPI) does not know where rank 0 is: set MASTER_ADDR to the host of rank 0 for every rank (mpirun -x MASTER_ADDR=HOST ...), or install mpi4py, or start the job with the deepspeed command
+        error: the Slurm list `gpu[` cannot be read: a bracket does not close
+        AzureML: LOCAL_RANK=1 LOCAL_SIZE=2 MASTER_ADDR=m MASTER_PORT=6000 NCCL_SOCKET_IFNAME=^docker0,lo RANK=3 WORLD_SIZE=4
+        error: AZ_BATCH_MASTER_NODE is "m:x", expected HOST:PORT
+        AzureML: LOCAL_RANK=1 LOCAL_SIZE=2 MASTER_ADDR=m MASTER_PORT=54965 RANK=1 WORLD_SIZE=2
+        Open MPI: LOCAL_RANK=1 LOCAL_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 RANK=1 WORLD_SIZE=2
+        nothing
+        SageMaker: LOCAL_RANK=1 LOCAL_SIZE=2 MASTER_ADDR=algo-1 MASTER_PORT=29500 RANK=3 WORLD_SIZE=4
+        nothing
+        error: WORLD_SIZE is 4, but RANK and MASTER_ADDR are not set: a launcher sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for every rank (start the job with the deepspeed command), and a single process needs none of them
+        error: RANK is 2 and WORLD_SIZE is 2: a rank is below the number of ranks
+        error: MASTER_PORT is "x", expected 0 to 65535
+        error: OMPI_COMM_WORLD_RANK is "one", expected a whole number
+        "#);
     }
 
     #[test]

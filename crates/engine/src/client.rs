@@ -21,20 +21,20 @@ pub(crate) fn check_client(class: &str, state: Residency, allow_untested: bool) 
     )))
 }
 
-/// Refuses to keep state on a disk for an optimizer whose update does not stream through memory once.
-pub(crate) fn check_offload(optimizer: &OptimizerChoice) -> Result<(), EngineError> {
-    let reason = match optimizer {
-        OptimizerChoice::Native(kind) if kind.is_elementwise() => return Ok(()),
-        OptimizerChoice::Native(kind) => {
-            format!("{kind} needs the norms of whole parameters before it updates")
-        }
-        OptimizerChoice::Client { class } => format!("{class} keeps its state itself"),
-        OptimizerChoice::Absent => "there is no optimizer".to_owned(),
-    };
-    Err(EngineError::Usage(format!(
-        "zero_optimization.offload_optimizer.device \"nvme\" streams the state of Adam, AdamW, SGD, Adagrad and Lion by \
-         the config's optimizer block, and {reason}: use one of these, or device \"cpu\""
-    )))
+/// Whether there is state to keep on a disk.
+///
+/// # Errors
+/// [`EngineError::Usage`] for a client's optimizer, which makes its state in memory.
+pub(crate) fn has_state_for_a_disk(optimizer: &OptimizerChoice) -> Result<bool, EngineError> {
+    match optimizer {
+        OptimizerChoice::Native(_) => Ok(true),
+        OptimizerChoice::Absent => Ok(false),
+        OptimizerChoice::Client { class } => Err(EngineError::Usage(format!(
+            "zero_optimization.offload_optimizer.device \"nvme\" streams optimizer state through memory, and {class} makes \
+             its state itself, in memory and in a form that only it knows: use Adam, AdamW, SGD, Adagrad, Lion or Lamb by \
+             the config's optimizer block or of deepspeed.ops, or device \"cpu\""
+        ))),
+    }
 }
 
 #[cfg(test)]

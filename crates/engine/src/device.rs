@@ -13,7 +13,7 @@
 
 use std::{error::Error, fmt};
 
-use deepspeed_comm::Into;
+use deepspeed_comm::{Into, MappedUnits};
 use deepspeed_core::{Layout, Rank, Span, SpanMut, Unit};
 use deepspeed_optim::Hyper;
 use deepspeed_zero::Exchange;
@@ -42,12 +42,25 @@ pub struct DevicePlan<'a> {
     pub rank: Rank,
     /// State tensors of the optimizer.
     pub states: usize,
-    /// Whether masters and state lie on the device; else gradients come to the host's memory, which has them.
-    pub resident: bool,
+    /// How many of the trained units, the first ones, have masters and state on the host: their gradients come there. The
+    /// device has those of the others.
+    pub host_units: usize,
     /// Whether the device has the whole weights at all times; else its shard, and units are gathered when they are used.
     pub whole_weights: bool,
-    /// Whether shards of the weights lie in the host's memory while they are not gathered.
-    pub weights_on_host: bool,
+    /// Where shards of the weights lie while they are not gathered.
+    pub weights: ShardHome<'a>,
+}
+
+/// Where a device's shards of the weights lie at stage 3.
+#[derive(Clone, Copy, Debug)]
+pub enum ShardHome<'a> {
+    /// On the device.
+    Device,
+    /// In the host's memory. fp32 weights that the device updates have masters on it.
+    Host,
+    /// In files that the engine has mapped, of the trained and of the other units; the device reads and writes them there,
+    /// and only while it is asked to. Masters are as with [`ShardHome::Host`].
+    Files([&'a MappedUnits; 2]),
 }
 
 /// Where the gradients of a unit come from.
@@ -110,13 +123,13 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// [`DeviceError`].
     fn square_sums(&self) -> Result<Vec<f64>, DeviceError>;
 
-    /// Multiplies all gradient shards.
+    /// Multiplies the gradient shards of units that are updated here.
     ///
     /// # Errors
     /// [`DeviceError`].
     fn scale_gradients(&self, factor: f32) -> Result<(), DeviceError>;
 
-    /// One update of all masters with the hyperparameters of each parameter group; `step` counts from 1.
+    /// One update of the masters that lie here with the hyperparameters of each parameter group; `step` counts from 1.
     ///
     /// # Errors
     /// [`DeviceError`].

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use deepspeed_core::{AlignedBuffer, DType, Span, SpanMut, Unit};
 use deepspeed_zero::UnitShard;
 
-use crate::{Device, DevicePlan, Engine, EngineError, Part};
+use crate::{Device, DevicePlan, Engine, EngineError, Part, ShardHome};
 
 /// Whether what was done in the host's memory goes back to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,9 +29,13 @@ impl Engine {
             frozen: &weights.frozen_layout,
             rank: self.group.rank(),
             states: self.states,
-            resident: self.state_on_device,
+            host_units: self.host_units,
             whole_weights: self.weights_are_whole(),
-            weights_on_host: self.settings.weights_on_host,
+            weights: match (weights.trained.on_disk(), weights.frozen.on_disk()) {
+                (Some(trained), Some(frozen)) => ShardHome::Files([trained, frozen]),
+                _ if self.settings.weights_on_host => ShardHome::Host,
+                _ => ShardHome::Device,
+            },
         })?)
     }
 
@@ -58,6 +62,7 @@ impl Engine {
         if afterwards == Afterwards::WriteBack {
             device.publish()?;
         }
+        self.give_back_units()?;
         Ok(value)
     }
 
@@ -77,8 +82,9 @@ impl Engine {
     fn fetch(&mut self, device: &dyn Device, chosen: impl Fn(usize) -> bool) -> Result<(), EngineError> {
         let layout = Arc::clone(&self.layout);
         for (number, unit) in layout.units.iter().enumerate().filter(|(number, _)| chosen(*number)) {
+            let on_device = self.is_on_device(number);
             let shard = &mut self.shards[number];
-            if self.state_on_device {
+            if on_device {
                 let square_sum = shard.square_sum;
                 *shard = UnitShard { square_sum, ..UnitShard::new(unit, self.states) };
                 if let Some(master) = &mut shard.master {
@@ -102,9 +108,17 @@ impl Engine {
 
     fn store(&mut self, device: &dyn Device, chosen: impl Fn(usize) -> bool) -> Result<(), EngineError> {
         for (number, shard) in self.shards.iter().enumerate().filter(|(number, _)| chosen(*number)) {
-            if self.state_on_device {
-                if let Some(master) = &shard.master {
-                    device.write(number, Part::Master, master.span())?;
+            if self.is_on_device(number) {
+                match (&shard.master, &self.weights) {
+                    (Some(master), _) => device.write(number, Part::Master, master.span())?,
+                    (None, Some(weights)) if self.has_masters_apart() => {
+                        device.write(
+                            number,
+                            Part::Master,
+                            weights.trained.own(&self.layout.units[number]),
+                        )?;
+                    }
+                    (None, _) => {}
                 }
                 for (index, state) in shard.state.iter().enumerate() {
                     device.write(number, Part::State(index), state.span())?;
@@ -119,15 +133,16 @@ impl Engine {
 
     /// Lets go of what is here only for a while.
     pub(crate) fn leave_host(&mut self) {
-        if !self.state_on_device {
+        if self.device.is_none() {
             return;
         }
-        for shard in &mut self.shards {
+        let kept = self.host_units;
+        for shard in &mut self.shards[kept..] {
             let square_sum = shard.square_sum;
             *shard = UnitShard { square_sum, ..UnitShard::elsewhere() };
         }
         let gone = self.each_weight(
-            |_| true,
+            |number| number >= kept,
             |_, unit, buffer| {
                 *buffer = AlignedBuffer::zeroed(0, unit.dtype);
                 Ok::<_, crate::DeviceError>(())
@@ -174,10 +189,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Brings all gradients here, where masters are updated here.
+    /// Brings the gradients here whose masters are updated here.
     pub(crate) fn fetch_gradients(&mut self) -> Result<(), EngineError> {
         let Some(device) = &self.device else { return Ok(()) };
-        for (unit, shard) in self.layout.units.iter().zip(&mut self.shards) {
+        for (unit, shard) in self.layout.units.iter().zip(&mut self.shards[..self.host_units]) {
             device.read(unit.id.index(), Part::Gradient, shard.gradient.span_mut())?;
             if let Some(offloaded) = self.offloaded.as_ref().filter(|offloaded| offloaded.holds(unit.id)) {
                 offloaded.park_gradient(unit.id, &mut shard.gradient)?;
@@ -186,15 +201,17 @@ impl Engine {
         Ok(())
     }
 
-    /// This rank's shards of the trained weights, updated here, go to the device, and from there to all ranks.
+    /// This rank's shards of the weights that were updated here go to the device, and from there, with those that it has
+    /// updated itself, to all ranks.
     pub(crate) fn weights_to_device(&mut self) -> Result<(), EngineError> {
         let Some(device) = self.device.clone() else { return Ok(()) };
-        let trained = self.layout.units.len();
+        let updated = self.host_units;
         self.each_weight(
-            |number| number < trained,
+            |number| number < updated,
             |number, _, buffer| device.write(number, Part::Weight, buffer.span()),
         )?;
-        Ok(device.publish()?)
+        device.publish()?;
+        self.give_back_units()
     }
 
     /// The weights that lie on the device become the masters. Collective.

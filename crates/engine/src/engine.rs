@@ -3,25 +3,25 @@
 use std::{sync::Arc, time::Instant};
 
 use deepspeed_checkpoint::Chosen;
-use deepspeed_comm::{CommError, Group};
+use deepspeed_comm::Group;
 use deepspeed_core::{Layout, ParamSpec, SpanMut, UnitId};
 use deepspeed_kernels::parallel::Workers;
-use deepspeed_monitor::{Counters, Phase, StepLine, Stopwatch};
+use deepspeed_monitor::{Counters, Phase, Progress, StepLine, Stopwatch};
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
 use deepspeed_zero::{
     AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, Publication, ReductionOrder,
-    Residency, ShardUpdate, UnitShard, Weights, gather_gradients,
+    Residency, ShardUpdate, UnitShard, Weights, gather_gradients, units_within,
 };
 
 use crate::{
     Accumulation, Decision, Device, EngineError, Settings,
     checkpoint::{Memory, Saving},
-    client::{check_client, check_offload},
+    client::{check_client, has_state_for_a_disk},
     decide,
     delivery::Delivery,
     nonfinite,
-    sharded_weights::{ShardedWeights, Shards, give_back},
-    update::{ElementWise, Lamb},
+    sharded_weights::{Home, ShardedWeights, give_back},
+    update::{ElementWise, Lamb, LambInput},
 };
 
 /// Who updates the masters.
@@ -91,8 +91,9 @@ pub struct Engine {
     pub(crate) weights: Option<ShardedWeights>,
     /// What computes, where that is not the host.
     pub(crate) device: Option<Arc<dyn Device>>,
-    /// Whether masters and optimizer state lie on the device.
-    pub(crate) state_on_device: bool,
+    /// How many units, the first ones, have masters and optimizer state in the host's memory or on its disk; the device has
+    /// those of the others, if there is one.
+    pub(crate) host_units: usize,
     pub(crate) scaler: LossScaler,
     pub(crate) counters: Counters,
     pub(crate) accumulation: Accumulation,
@@ -116,12 +117,16 @@ pub struct Engine {
     pub(crate) chosen: Option<Chosen>,
     watch: Stopwatch,
     window: Window,
+    /// Tells the launcher which step this is, where one asks.
+    progress: Option<Progress>,
 }
 
 /// What an update that needs a pass of its own before it works on.
 struct UpdateParts<'a> {
     layout: &'a Layout,
+    count: usize,
     shards: &'a mut [UnitShard],
+    offloaded: Option<&'a mut OffloadedState>,
     group: &'a dyn Group,
 }
 
@@ -187,55 +192,45 @@ impl Engine {
             settings.prescale_gradients,
             settings.gradient_predivide_factor,
         );
+        let on_device = device.is_some();
+        let sharded = policy.weights == Residency::Shard;
+        // Whoever looks at whole parameters, or shares whole units while it updates, takes a unit as one piece.
+        let elementwise = matches!(optimizer, OptimizerChoice::Native(kind) if kind.is_elementwise());
+        let in_pieces = elementwise && (sharded || on_device || group.world() == 1);
         let offloaded = match &settings.offload {
-            None => None,
-            Some(offload) => {
-                check_offload(&optimizer)?;
-                Some(OffloadedState::create(&offload.plan(), &layout, states)?)
+            Some(offload) if has_state_for_a_disk(&optimizer)? => {
+                Some(OffloadedState::create(&offload.plan(in_pieces), &layout, states)?)
             }
+            _ => None,
         };
-        let state_on_device = device.is_some() && !settings.state_on_host;
-        let weights = match policy.weights {
-            _ if device.is_some() => {
-                let frozen_layout = Layout::new(frozen, group.world(), settings.unit_len)?;
-                Some(ShardedWeights {
-                    trained: Shards::private(&layout, !state_on_device),
-                    frozen: Shards::private(&frozen_layout, !state_on_device),
-                    frozen_layout,
-                    pages: Vec::new(),
-                })
-            }
-            Residency::Whole => None,
-            Residency::Shard => {
-                let folder = settings.weights_folder.as_deref();
-                if let Some(folder) = folder
-                    && !group.shares_memory()
-                {
-                    return Err(EngineError::Usage(format!(
-                        "zero_optimization.offload_param.device \"nvme\" keeps the weights in a file in {} that the ranks of \
-                         a host share, and ranks over {} share none: leave offload_param out, or use device \"cpu\"",
-                        folder.display(),
-                        group.transport()
-                    )));
-                }
-                let frozen_layout = Layout::new(frozen, group.world(), settings.unit_len)?;
-                let kept = settings.weights_in_memory.saturating_mul(group.world());
-                Some(ShardedWeights::new(&*group, &layout, frozen_layout, folder, kept)?)
-            }
+        let host_units =
+            if on_device { units_within(&layout, settings.state_on_host) } else { layout.units.len() };
+        let weights = if sharded || on_device {
+            let folder = settings.weights_folder.as_deref().filter(|_| sharded);
+            let home = match folder {
+                Some(folder) if on_device || !group.shares_memory() => Home::Disk(folder),
+                _ if on_device => Home::Memory(Some(host_units)),
+                folder if group.shares_memory() => Home::Shared(folder),
+                _ => Home::Memory(None),
+            };
+            let frozen_layout = Layout::new(frozen, group.world(), settings.unit_len)?;
+            Some(ShardedWeights::new(&*group, &layout, frozen_layout, home, settings.weights_in_memory)?)
+        } else {
+            None
         };
-        Ok(Self {
+        let engine = Self {
             policy,
             optimizer,
             weights,
             device,
-            state_on_device,
+            host_units,
             order: ReductionOrder::new(layout.units.len()),
             reduced: vec![false; layout.units.len()],
             shards: layout
                 .units
                 .iter()
                 .map(|unit| match &offloaded {
-                    _ if state_on_device => UnitShard::elsewhere(),
+                    _ if unit.id.index() >= host_units => UnitShard::elsewhere(),
                     Some(offloaded) if offloaded.holds(unit.id) => UnitShard::of_gradients(unit),
                     _ => UnitShard::new(unit, states),
                 })
@@ -260,10 +255,13 @@ impl Engine {
             chosen: None,
             watch: Stopwatch::default(),
             window: Window { since: Instant::now(), samples: 0, steps: 0 },
+            progress: Progress::from_environment(),
             layout: Arc::new(layout),
             settings,
             group,
-        })
+        };
+        engine.tell_progress();
+        Ok(engine)
     }
 
     /// The factor for the loss (or for the gradient of the model's output) before backward: the loss scale, divided
@@ -416,49 +414,65 @@ impl Engine {
             return Err(EngineError::Count { what: "parameter groups", got: hypers.len(), expected: groups });
         }
         let step = self.counters.optimizer_steps + 1;
-        if let (Some(device), true) = (&self.device, self.state_on_device) {
-            device.update(&self.layout, hypers, step, grad_scale)?;
-            return Ok(device.publish()?);
-        }
         self.fetch_gradients()?;
+        if let Some(device) = self.device.as_ref().filter(|_| self.state_on_device()) {
+            // It works on what it has while the host updates the rest.
+            device.update(&self.layout, hypers, step, grad_scale)?;
+        }
         if kind.is_elementwise() {
             return self.publish(weights, |_, _| Ok(ElementWise { hypers, step, grad_scale }));
         }
-        self.publish(weights, |engine, weights| {
-            Lamb::prepare(engine.layout, engine.shards, weights, engine.group, hypers, step, grad_scale)
+        self.publish(weights, |parts, weights| {
+            let UpdateParts { layout, count, shards, offloaded, group } = parts;
+            let input = LambInput { layout, count, shards, offloaded, weights, group };
+            Lamb::prepare(input, hypers, step, grad_scale)
         })
     }
 
-    /// Updates the shards, and the weights where this stage keeps them; `weights` are the framework's, below stage 3.
+    /// Updates the shards whose state is on the host, and the weights where this stage keeps them; `weights` are the
+    /// framework's, below stage 3. Then everybody sees all weights.
     fn publish<U: ShardUpdate>(
         &mut self,
         weights: &mut [SpanMut<'_>],
-        update: impl FnOnce(UpdateParts<'_>, &mut Weights<'_, '_>) -> Result<U, CommError>,
+        update: impl FnOnce(UpdateParts<'_>, &mut Weights<'_, '_>) -> Result<U, EngineError>,
     ) -> Result<(), EngineError> {
         if self.weights.is_none() {
             self.check_weights(weights)?;
         }
-        let (group, layout) = (&*self.group, &*self.layout);
+        if self.host_units > 0 || self.device.is_none() {
+            self.update_on_host(weights, update)?;
+        }
+        if self.device.is_some() {
+            return self.weights_to_device();
+        }
+        if self.weights.is_some() {
+            self.group.barrier("the updated weights")?;
+        }
+        Ok(())
+    }
+
+    fn update_on_host<U: ShardUpdate>(
+        &mut self,
+        weights: &mut [SpanMut<'_>],
+        update: impl FnOnce(UpdateParts<'_>, &mut Weights<'_, '_>) -> Result<U, EngineError>,
+    ) -> Result<(), EngineError> {
+        let (group, layout, count) = (&*self.group, &*self.layout, self.host_units);
         let keeps_weights = self.weights.is_some();
         let (mut spans, pages): (Vec<SpanMut<'_>>, &[_]) = match &mut self.weights {
             Some(ShardedWeights { trained, pages, .. }) => (trained.own_mut(), pages),
             None => (weights.iter_mut().map(SpanMut::reborrow).collect(), &[]),
         };
         let mut target = if keeps_weights { Weights::Shards(&mut spans) } else { Weights::Whole(&mut spans) };
-        let update = update(UpdateParts { layout, shards: &mut self.shards, group }, &mut target)?;
         let offloaded = self.offloaded.as_mut();
+        let parts = UpdateParts { layout, count, shards: &mut self.shards, offloaded, group };
+        let update = update(parts, &mut target)?;
         let updated = |unit: UnitId| give_back(pages, unit.index());
-        Publication { group, layout, update: &update, workers: &self.workers, updated: &updated }.publish(
+        let workers = &self.workers;
+        Publication { group, layout, update: &update, workers, count, updated: &updated }.publish(
             &mut self.shards,
-            offloaded,
+            self.offloaded.as_mut(),
             &mut target,
         )?;
-        if self.device.is_some() {
-            return self.weights_to_device();
-        }
-        if keeps_weights {
-            group.barrier("the updated weights")?;
-        }
         Ok(())
     }
 
@@ -481,12 +495,12 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Device`].
     pub fn scale_gradients(&mut self, grad_scale: f32) -> Result<(), EngineError> {
-        if let (Some(device), true) = (&self.device, self.state_on_device) {
-            return Ok(device.scale_gradients(grad_scale)?);
+        if let Some(device) = self.device.as_ref().filter(|_| self.state_on_device()) {
+            device.scale_gradients(grad_scale)?;
         }
         self.fetch_gradients()?;
         if grad_scale != 1.0 {
-            for shard in &mut self.shards {
+            for shard in &mut self.shards[..self.host_units] {
                 deepspeed_kernels::scale_in_place(shard.gradient.as_f32_mut(), grad_scale);
             }
         }
@@ -498,9 +512,6 @@ impl Engine {
     /// # Errors
     /// As [`Engine::apply_native`].
     pub fn publish_client(&mut self, weights: &mut [SpanMut<'_>]) -> Result<(), EngineError> {
-        if let (Some(device), true) = (&self.device, self.state_on_device) {
-            return Ok(device.publish()?);
-        }
         self.publish(weights, |_, _| Ok(AlreadyUpdated))
     }
 
@@ -513,6 +524,7 @@ impl Engine {
         self.discard_gradients();
         self.accumulation.advance();
         self.counters.boundary(self.settings.train_batch_size, applied);
+        self.tell_progress();
         self.applied = applied;
         self.mark(None);
         StepReport {
@@ -545,6 +557,13 @@ impl Engine {
         };
         self.restart_window();
         line.to_string()
+    }
+
+    /// Tells the launcher which step is next.
+    pub(crate) fn tell_progress(&self) {
+        if let Some(progress) = &self.progress {
+            progress.tell(self.counters.global_steps);
+        }
     }
 
     /// The next step line speaks of what comes from here on.

@@ -10,7 +10,7 @@ use deepspeed_zero::{OffloadedState, Residency, UnitShard};
 
 use crate::{
     Accumulation, Device, Engine, EngineError, Settings,
-    sharded_weights::{Shards, give_back},
+    sharded_weights::{ShardedWeights, Shards, give_back},
 };
 
 /// Where each parameter lies in the framework's view of the shared weights; no address for one without elements.
@@ -163,8 +163,16 @@ impl Engine {
         Ok(self.weights.as_ref().map_or(Ok(()), |weights| give_back(&weights.pages, unit))?)
     }
 
-    /// For a client's optimizer on shards, per unit: gradient and master of this rank's shard; no master where the
-    /// framework's weights are the masters.
+    /// The same of all such units.
+    ///
+    /// # Errors
+    /// As [`Engine::give_back_unit`].
+    pub fn give_back_units(&self) -> Result<(), EngineError> {
+        Ok(self.weights.as_ref().map_or(Ok(()), ShardedWeights::give_back_all)?)
+    }
+
+    /// For a client's optimizer on shards, per unit: gradient and master of this rank's shard, without elements where a device
+    /// has them; no master where the framework's weights are the masters.
     pub fn shard_memory(&mut self) -> Vec<(SpanMut<'_>, Option<SpanMut<'_>>)> {
         let own = self.weights.as_mut().map(|weights| weights.trained.own_mut()).unwrap_or_default();
         let mut own = own.into_iter();
@@ -222,9 +230,24 @@ impl Engine {
         self.device.as_ref()
     }
 
-    /// Whether masters and optimizer state lie on the device.
+    /// Whether masters and optimizer state, or some of them, lie on the device.
     pub fn state_on_device(&self) -> bool {
-        self.state_on_device
+        self.host_units < self.layout.units.len()
+    }
+
+    /// Whether masters and optimizer state, or some of them, lie on the host.
+    pub fn state_on_host(&self) -> bool {
+        self.host_units > 0
+    }
+
+    /// Whether the device, if there is one, has masters and optimizer state of the unit of this number.
+    pub fn is_on_device(&self, unit: usize) -> bool {
+        (self.host_units..self.layout.units.len()).contains(&unit)
+    }
+
+    /// Whether the device has fp32 masters of fp32 weights, too: these lie on the host.
+    pub(crate) fn has_masters_apart(&self) -> bool {
+        self.device.is_some() && self.settings.weights_on_host
     }
 
     /// For each unit, its parameters.
@@ -239,17 +262,16 @@ impl Engine {
         let weights = self.weights.as_ref().map_or(0, |weights| {
             weights.trained.bytes(&self.layout) + weights.frozen.bytes(&weights.frozen_layout)
         });
+        let masters = |unit: &Unit| usize::from(unit.dtype != DType::F32 || self.has_masters_apart());
         let numel = |(unit, buffers): (&Unit, &UnitShard)| {
+            if self.is_on_device(unit.id.index()) {
+                return unit.shard_len * (1 + masters(unit) + self.states);
+            }
             let parked = self.offloaded.as_ref().is_some_and(|offloaded| offloaded.holds(unit.id));
             let gradient = if parked { 0 } else { buffers.gradient.len() };
             let state: usize = buffers.state.iter().map(AlignedBuffer::len).sum();
             gradient + buffers.master.as_ref().map_or(0, AlignedBuffer::len) + state
         };
-        if self.state_on_device {
-            let masters = |unit: &Unit| usize::from(unit.dtype != DType::F32);
-            let parts = |unit: &Unit| unit.shard_len * (1 + masters(unit) + self.states);
-            return self.layout.units.iter().map(parts).sum::<usize>() * DType::F32.size() + weights;
-        }
         let buffers = self.offloaded.as_ref().map_or(0, OffloadedState::buffer_bytes);
         self.layout.units.iter().zip(&self.shards).map(numel).sum::<usize>() * DType::F32.size()
             + weights

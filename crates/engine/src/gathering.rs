@@ -51,13 +51,13 @@ impl Engine {
     ///
     /// # Errors
     /// [`EngineError::Comm`]; [`EngineError::Usage`] where there is no such unit to gather.
-    pub fn gather_unit(&self, unit: usize, target: SpanMut<'_>) -> Result<(), EngineError> {
+    pub fn gather_unit(&self, number: usize, target: SpanMut<'_>) -> Result<(), EngineError> {
         let weights = self.sharded()?;
-        let (layout, shards, unit) = match unit.checked_sub(self.layout.units.len()) {
-            None => (&*self.layout, &weights.trained, &self.layout.units[unit]),
+        let (layout, shards, unit) = match number.checked_sub(self.layout.units.len()) {
+            None => (&*self.layout, &weights.trained, &self.layout.units[number]),
             Some(frozen) => {
                 let layout = &weights.frozen_layout;
-                let unit = layout.units.get(frozen).ok_or_else(|| no_such("unit", unit))?;
+                let unit = layout.units.get(frozen).ok_or_else(|| no_such("unit", number))?;
                 (layout, &weights.frozen, unit)
             }
         };
@@ -67,7 +67,8 @@ impl Engine {
         };
         let mut output = PiecesMut { len: unit.len(), runs: vec![(0, target)] };
         let what = format!("weights of {}", unit_name(layout, unit));
-        Ok(self.group.all_gather(&what, unit.dtype, &mut produce, &mut output)?)
+        self.group.all_gather(&what, unit.dtype, &mut produce, &mut output)?;
+        self.give_back_unit(number)
     }
 
     /// Takes this rank's part of the whole parameter number `param`, of any dtype: as weights and, if it is trained, as
@@ -110,7 +111,9 @@ impl Engine {
         for unit in &layout.units {
             self.shards[unit.id.index()].update_master(unit, rank, &trained, &by_id);
         }
-        self.change_offloaded_masters(|unit, master| refresh_master(master, unit, rank, &trained, &by_id))
+        self.change_offloaded_masters(|unit, range, master| {
+            refresh_master(master, unit, range, &trained, &by_id)
+        })
     }
 
     /// Takes this rank's part of a whole parameter into its shard of the weights.
@@ -126,11 +129,17 @@ impl Engine {
         check_length("weights", spec, whole.len())?;
         let Some(unit) = unit_of(layout, id) else { return Ok(()) };
         let mut own = shards.own_mut();
+        let own = &mut own[unit.id.index()];
+        if own.is_empty() {
+            return Ok(()); // a device has it
+        }
         for (fragment, start) in own_fragments(unit, rank, id) {
             let source = whole.slice(fragment.param_offset, fragment.len);
-            deepspeed_kernels::cast(source, own[unit.id.index()].slice_mut(start, fragment.len));
+            deepspeed_kernels::cast(source, own.slice_mut(start, fragment.len));
         }
-        Ok(())
+        let number =
+            if param < self.layout.params.len() { 0 } else { self.layout.units.len() } + unit.id.index();
+        self.give_back_unit(number)
     }
 
     /// This rank's part of every parameter, by number.

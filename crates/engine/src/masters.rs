@@ -1,9 +1,9 @@
 //! Where masters and sharded weights get their first values, and values that a program has changed.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use deepspeed_core::{ParamId, Span, Unit};
-use deepspeed_zero::{StreamedUnit, fill_master, refresh_master};
+use deepspeed_zero::{Passage, StreamedUnit, fill_master, refresh_master};
 
 use crate::{Engine, EngineError, engine::check_length};
 
@@ -21,7 +21,7 @@ impl Engine {
         for unit in &layout.units {
             self.shards[unit.id.index()].load_master(unit, rank, params);
         }
-        self.change_offloaded_masters(|unit, master| fill_master(master, unit, rank, params))
+        self.change_offloaded_masters(|unit, range, master| fill_master(master, unit, range, params))
     }
 
     /// Makes the weights of `params`, whole and by parameter id in `weights`, the fp32 masters: a program has changed them.
@@ -38,7 +38,9 @@ impl Engine {
         for unit in &layout.units {
             self.shards[unit.id.index()].update_master(unit, rank, params, weights);
         }
-        self.change_offloaded_masters(|unit, master| refresh_master(master, unit, rank, params, weights))
+        self.change_offloaded_masters(|unit, range, master| {
+            refresh_master(master, unit, range, params, weights)
+        })
     }
 
     /// At stage 3: fills this rank's shards of the weights from whole parameters of any dtype, trained and frozen, both
@@ -62,6 +64,7 @@ impl Engine {
         }
         weights.trained.fill(&self.layout, rank, params);
         weights.frozen.fill(&weights.frozen_layout, rank, frozen);
+        weights.give_back_all()?;
         Ok(self.group.barrier("the first weights")?)
     }
 
@@ -76,29 +79,40 @@ impl Engine {
             shard.load_own_master(own.as_span());
         }
         if let Some(offloaded) = &mut self.offloaded {
-            offloaded.update::<EngineError>(false, |StreamedUnit { unit, master, .. }| {
-                if let Some(master) = master {
-                    deepspeed_kernels::cast(own[unit].as_span(), master.into());
-                }
-                Ok(())
-            })?;
+            offloaded.update::<EngineError>(
+                Passage::State,
+                |StreamedUnit { unit, start, master, .. }| {
+                    if let Some(master) = master {
+                        deepspeed_kernels::cast(
+                            own[unit].as_span().slice(start, master.len()),
+                            master.into(),
+                        );
+                    }
+                    Ok(())
+                },
+            )?;
         }
         Ok(())
     }
 
-    /// Lets `change` rewrite the masters that lie on a disk.
+    /// Lets `change` rewrite the masters that lie on a disk: those of a range of elements of a unit.
     pub(crate) fn change_offloaded_masters(
         &mut self,
-        mut change: impl FnMut(&Unit, &mut [f32]),
+        mut change: impl FnMut(&Unit, Range<usize>, &mut [f32]),
     ) -> Result<(), EngineError> {
-        let layout = Arc::clone(&self.layout);
+        let (layout, rank) = (Arc::clone(&self.layout), self.group.rank());
         if let Some(offloaded) = &mut self.offloaded {
-            offloaded.update::<EngineError>(false, |StreamedUnit { unit, master, .. }| {
-                if let Some(master) = master {
-                    change(&layout.units[unit], master);
-                }
-                Ok(())
-            })?;
+            offloaded.update::<EngineError>(
+                Passage::State,
+                |StreamedUnit { unit, start, master, .. }| {
+                    if let Some(master) = master {
+                        let unit = &layout.units[unit];
+                        let first = unit.shard(rank).start + start;
+                        change(unit, first..first + master.len(), master);
+                    }
+                    Ok(())
+                },
+            )?;
         }
         Ok(())
     }

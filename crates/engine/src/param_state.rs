@@ -26,7 +26,7 @@ impl Engine {
     /// Whether the unit has masters apart from its weights.
     fn has_master(&self, unit: &Unit) -> bool {
         self.shards[unit.id.index()].master.is_some()
-            || (self.state_on_device && unit.dtype != DType::F32)
+            || (self.is_on_device(unit.id.index()) && (unit.dtype != DType::F32 || self.has_masters_apart()))
             || self.offloaded.as_ref().is_some_and(|offloaded| offloaded.has_master(unit.id))
     }
 
@@ -198,10 +198,10 @@ impl Engine {
             StateKind::Gradient => Some(Part::Gradient),
             StateKind::Optimizer(index) if *index < self.states => Some(Part::State(*index)),
             StateKind::Optimizer(_) => None,
-            StateKind::Master if unit.dtype == DType::F32 => Some(Part::Weight),
+            StateKind::Master if unit.dtype == DType::F32 && !self.has_masters_apart() => Some(Part::Weight),
             StateKind::Master => Some(Part::Master),
         }
-        .filter(|part| *part == Part::Gradient || self.state_on_device)
+        .filter(|part| *part == Part::Gradient || self.is_on_device(unit.id.index()))
     }
 
     fn set_on_device(

@@ -53,8 +53,8 @@ pub struct Settings {
     pub weights_in_memory: usize,
     /// Where masters and optimizer state lie, if not in memory.
     pub offload: Option<OffloadSettings>,
-    /// With a device: whether masters and optimizer state lie in the host's memory, and are updated there.
-    pub state_on_host: bool,
+    /// With a device: the part of masters and optimizer state, 0 to 1, that lies on the host and is updated there.
+    pub state_on_host: f64,
     /// With a device, at stage 3: whether shards of the weights lie in the host's memory.
     pub weights_on_host: bool,
     /// At stage 3 where ranks share no memory: how much is whole at a time.
@@ -113,7 +113,7 @@ impl Default for Settings {
             weights_folder: None,
             weights_in_memory: 0,
             offload: None,
-            state_on_host: false,
+            state_on_host: 0.0,
             weights_on_host: false,
             gathering: GatherLimits::default(),
             saving: SaveSettings::default(),
@@ -178,8 +178,12 @@ impl Settings {
             },
             weights_in_memory: config.zero.offload_param.max_in_cpu,
             offload: OffloadSettings::from_config(config),
-            state_on_host: config.zero.offload_optimizer.device != OffloadDevice::None,
-            weights_on_host: config.zero.offload_param.device != OffloadDevice::None,
+            state_on_host: match config.zero.offload_optimizer.device {
+                OffloadDevice::None => 0.0,
+                OffloadDevice::Cpu | OffloadDevice::Nvme => config.zero.offload_optimizer.ratio,
+            },
+            weights_on_host: config.zero.stage == ZeroStage::Three
+                && config.zero.offload_param.device != OffloadDevice::None,
             gathering: GatherLimits {
                 prefetch_bucket_size: config.zero.gathering.prefetch_bucket_size,
                 max_live_parameters: config.zero.gathering.max_live_parameters,
@@ -198,24 +202,6 @@ impl Settings {
     }
 }
 
-/// What `config` asks for that the engine cannot do on an accelerator: the setting, and what it would need.
-pub fn unbuilt_on_a_device(config: &Config) -> Vec<(&'static str, &'static str)> {
-    let zero = &config.zero;
-    let mut found = Vec::new();
-    if zero.stage == ZeroStage::Three && zero.offload_param.device == OffloadDevice::Nvme {
-        let setting = "zero_optimization.offload_param.device \"nvme\" with a model on an accelerator";
-        found.push((
-            setting,
-            "gathering weights from a disk (device \"cpu\" keeps them in the host's memory)",
-        ));
-    }
-    if zero.offload_optimizer.device == OffloadDevice::Cpu && zero.offload_optimizer.ratio < 1.0 {
-        let setting = "zero_optimization.offload_optimizer.ratio below 1 with a model on an accelerator";
-        found.push((setting, "optimizer state that lies partly on the device"));
-    }
-    found
-}
-
 /// Masters and optimizer state in a file.
 #[derive(Clone, Debug)]
 pub struct OffloadSettings {
@@ -223,6 +209,9 @@ pub struct OffloadSettings {
     pub folder: PathBuf,
     /// The part of the state, 0 to 1, that lies there.
     pub ratio: f64,
+    /// The most elements of a rank's part of a unit that stream through memory at a time, where the update of a unit can be
+    /// cut.
+    pub sub_group_len: usize,
     /// How the file is read and written.
     pub options: Options,
     /// How far reading and writing run apart from the update.
@@ -238,6 +227,7 @@ impl OffloadSettings {
         Some(Self {
             folder,
             ratio: offload.ratio,
+            sub_group_len: config.zero.sub_group_size,
             options: Options {
                 block_size: aio.block_size,
                 queue_depth: aio.queue_depth,
@@ -250,9 +240,11 @@ impl OffloadSettings {
         })
     }
 
-    pub(crate) fn plan(&self) -> OffloadPlan<'_> {
-        let Self { folder, ratio, options, depth } = self;
-        OffloadPlan { folder, ratio: *ratio, options: options.clone(), depth: *depth }
+    /// What to keep how; `in_pieces` says that the update of a unit can be cut.
+    pub(crate) fn plan(&self, in_pieces: bool) -> OffloadPlan<'_> {
+        let Self { folder, ratio, sub_group_len, options, depth } = self;
+        let piece_len = in_pieces.then_some(*sub_group_len);
+        OffloadPlan { folder, ratio: *ratio, piece_len, options: options.clone(), depth: *depth }
     }
 }
 

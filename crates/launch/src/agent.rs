@@ -4,12 +4,12 @@
 
 use crate::doctor::Examiner;
 use crate::error::LaunchError;
-use crate::evidence::OutOfMemory;
 use crate::filters::Slot;
 use crate::frame::{self, Decoder};
 use crate::inbox::Inbox;
 use crate::merge::Stream;
 use crate::message::{self, Hello, Order, Report, Start};
+use crate::outgoing::Outgoing;
 use crate::plan::{self, LaunchPlan};
 use crate::port;
 use crate::preflight;
@@ -27,11 +27,11 @@ use std::os::fd::AsFd;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-/// How often the agent says that it is there.
-const BEAT: Duration = Duration::from_secs(5);
+/// How often the agent looks whether the launcher is still heard.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// A launcher that says nothing for so long is taken for gone, and the network with it.
-const SILENCE: Duration = Duration::from_secs(120);
+const SILENCE: Duration = Duration::from_secs(30);
 
 /// From SIGTERM to SIGKILL when the connection has closed.
 const TERMINATE: Duration = Duration::from_millis(1100);
@@ -53,13 +53,11 @@ enum Over {
 struct Agent {
     began: Instant,
     decoder: Decoder,
-    outgoing: Vec<u8>,
+    outgoing: Outgoing,
     ranks: Ranks,
     plan: Option<LaunchPlan>,
-    out_of_memory: OutOfMemory,
     examiner: Examiner,
     heard: Duration,
-    beat: Duration,
 }
 
 /// Runs until the launcher is done or gone. Input and output are the connection.
@@ -74,14 +72,13 @@ pub(crate) fn run() -> Result<(), LaunchError> {
     let mut agent = Agent {
         began: Instant::now(),
         decoder: Decoder::default(),
-        outgoing: frame::greeting(),
+        outgoing: Outgoing::default(),
         ranks: Ranks::new()?,
         plan: None,
-        out_of_memory: OutOfMemory::watch(),
         examiner: Examiner::default(),
         heard: Duration::ZERO,
-        beat: Duration::ZERO,
     };
+    agent.outgoing.queue(&frame::greeting());
     let ends = socket_ends().or_else(|| ssh_ends(std::env::var("SSH_CONNECTION").ok()?.as_str()));
     agent.tell(&Report::Hello(hello(ends)));
     let over = agent.serve(&mut inbox);
@@ -89,11 +86,12 @@ pub(crate) fn run() -> Result<(), LaunchError> {
         let signal = signals::name(signal).unwrap_or("a signal");
         agent.tell(&Report::Leaving(format!("its agent was told to end by {signal}")));
         // If the launcher cannot be told, it is not there.
-        let _ = agent.send();
+        let _ = agent.outgoing.send();
     }
     if !matches!(over, Ok(Over::Finished)) {
         agent.end_all();
     }
+    agent.ranks.dismiss_guard();
     over.map(|_| ())
 }
 
@@ -126,6 +124,7 @@ fn hello(ends: Option<Ends>) -> Hello {
         hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         reached_at,
         reached_from,
+        slurm_job: std::env::var("SLURM_JOB_ID").ok(),
     }
 }
 
@@ -137,7 +136,7 @@ impl Agent {
     /// Queues a message.
     fn tell(&mut self, report: &Report) {
         match message::encode(report) {
-            Ok(bytes) => self.outgoing.extend(bytes),
+            Ok(bytes) => self.outgoing.queue(&bytes),
             Err(error) => self.say(&format!("a message is too long to be sent: {error}")),
         }
     }
@@ -165,13 +164,7 @@ impl Agent {
                 self.say(&format!("the launcher has said nothing for {} s", SILENCE.as_secs()));
                 return Ok(Over::Closed);
             }
-            if self.now() > self.beat + BEAT {
-                self.beat = self.now();
-                if self.outgoing.is_empty() {
-                    self.tell(&Report::Alive);
-                }
-            }
-            if !self.send() {
+            if !self.outgoing.send() {
                 return Ok(Over::Closed);
             }
         }
@@ -181,7 +174,7 @@ impl Agent {
     fn wait(&mut self, inbox: &Inbox) -> Result<(), LaunchError> {
         let (stdin, stdout) = (io::stdin(), io::stdout());
         let mut fds = vec![PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN)];
-        let out = if self.outgoing.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
+        let out = if self.outgoing.len() == 0 { PollFlags::empty() } else { PollFlags::OUT };
         fds.push(PollFd::from_borrowed_fd(stdout.as_fd(), out));
         fds.extend(inbox.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         let others = fds.len();
@@ -192,9 +185,7 @@ impl Agent {
                 fds.push(PollFd::new(pipe, PollFlags::IN));
             }
         }
-        let wait = (self.beat + BEAT).saturating_sub(self.now()) + Duration::from_millis(1);
-        let timeout =
-            Timespec { tv_sec: wait.as_secs().cast_signed(), tv_nsec: i64::from(wait.subsec_nanos()) };
+        let timeout = Timespec { tv_sec: LOOK.as_secs().cast_signed(), tv_nsec: 0 };
         match rustix::event::poll(&mut fds, Some(&timeout)) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(()),
@@ -225,7 +216,7 @@ impl Agent {
             self.warn(format!("the log of rank {rank} ends here: {error}"));
         }
         match message::encode_output(rank, stream, bytes) {
-            Ok(frame) => self.outgoing.extend(frame),
+            Ok(frame) => self.outgoing.queue(&frame),
             Err(error) => self.say(&format!("output of rank {rank} is lost: {error}")),
         }
         true
@@ -245,17 +236,17 @@ impl Agent {
         while let Some((index, change)) = self.ranks.reap() {
             let rank = self.rank(index);
             match change {
-                Change::Stopped(signal) => self.tell(&Report::Stopped { rank, signal }),
+                Change::Stopped(signal) => {
+                    self.tell(&Report::Stopped { rank, signal, step: self.ranks.step(index) });
+                }
                 Change::Continued => self.tell(&Report::Continued { rank }),
                 Change::Ended(ending) => {
                     for stream in [Stream::Stdout, Stream::Stderr] {
                         while self.read_output(index, stream) {}
                     }
-                    let evidence = ending
-                        .may_be_out_of_memory()
-                        .then(|| self.out_of_memory.explain(self.ranks.pid(index)));
-                    let log = self.ranks.log_path(index);
-                    self.tell(&Report::Ended { rank, ending, evidence, log });
+                    let evidence = self.ranks.evidence(index, ending);
+                    let (log, step) = (self.ranks.log_path(index), self.ranks.step(index));
+                    self.tell(&Report::Ended { rank, ending, evidence, log, step });
                 }
             }
         }
@@ -356,23 +347,13 @@ impl Agent {
         for note in &plan.notes {
             self.tell(&Report::Note { warning: note.warning, text: note.text.clone() });
         }
-        self.ranks
-            .start(&plan, &start.secret, |_| Streams { stdin: Stdio::null(), terminals: [None, None] })?;
+        self.ranks.start(&plan, Some(&start.secret), |_| Streams {
+            stdin: Stdio::null(),
+            terminals: [None, None],
+        })?;
         self.plan = Some(plan);
-        Ok(())
-    }
-
-    /// Sends what is queued as far as the connection takes it; returns whether the connection is still there.
-    fn send(&mut self) -> bool {
-        while !self.outgoing.is_empty() {
-            match rustix::io::write(io::stdout(), &self.outgoing) {
-                Ok(length) => drop(self.outgoing.drain(..length)),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => return true,
-                Err(_) => return false,
-            }
-        }
-        true
+        let error = |source| LaunchError::System { what: "starting a thread", source };
+        self.outgoing.beat().and_then(|()| self.ranks.beat()).map_err(error)
     }
 
     /// Ends every rank, asking first, and whatever they have left behind.

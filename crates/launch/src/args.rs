@@ -1,5 +1,6 @@
 //! The command line as it is written: flags and their values, not yet their meaning (that is [`crate::plan`]).
 
+use crate::restart::RestartOn;
 use clap::{ArgAction, Parser, ValueEnum};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ mod heading {
     pub(super) const MEETING: &str = "Where the ranks meet";
     pub(super) const PROGRAM: &str = "What each rank runs";
     pub(super) const CORES: &str = "Cores";
+    pub(super) const RESTARTS: &str = "When something dies";
     pub(super) const OUTPUT: &str = "Output";
     pub(super) const HOSTS: &str = "Several hosts (without effect on one)";
 }
@@ -97,6 +99,15 @@ pub struct LaunchArgs {
     /// The cores to share out, for example 0-7,16-23 [default: all physical cores]
     #[arg(long = "bind_core_list", value_name = "RANGES", help_heading = heading::CORES)]
     pub bind_core_list: Option<String>,
+
+    /// After a failure start all ranks again, at most N times; the script goes on from its last complete checkpoint [default: 0]
+    #[arg(long = "max_restarts", value_name = "N", help_heading = heading::RESTARTS, default_value_t = 0,
+          hide_default_value = true)]
+    pub max_restarts: u32,
+
+    /// Only after these failures: rank-killed, out-of-memory, exit, exit=CODE, host-lost, hang [default: any]
+    #[arg(long = "restart_on", value_name = "KIND[,KIND...]", help_heading = heading::RESTARTS, value_delimiter = ',')]
+    pub restart_on: Vec<RestartOn>,
 
     /// Also write the output of each rank to <DIR>/<time>_rank<N>.log
     #[arg(long = "enable_each_rank_log", value_name = "DIR", help_heading = heading::OUTPUT,

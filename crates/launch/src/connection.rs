@@ -262,6 +262,17 @@ impl Connection {
         }
     }
 
+    /// Ends the ssh client, even one that is stopped; whatever is left of the other end finds the connection gone. An agent that has
+    /// called finds its input closed, and can still be heard to end.
+    pub(crate) fn cut(&mut self) {
+        self.outgoing.clear();
+        self.close();
+        if let Some(child) = &mut self.child {
+            // What cannot be ended has ended.
+            let _ = child.kill();
+        }
+    }
+
     /// Takes in and drops what still comes, so that the agent is not held up by it.
     pub(crate) fn drain(&mut self) {
         let mut buffer = [0; 64 * 1024];

@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal};
 use std::io::{self, Read};
 use std::net::TcpStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// So much of what the runner says is kept.
@@ -40,6 +40,8 @@ pub(crate) struct Crossing {
     callers: Callers,
     notes: Vec<String>,
     over: bool,
+    /// Whether srun asks Slurm for a job of its own.
+    asks_for_job: bool,
 }
 
 /// What one look has brought.
@@ -90,6 +92,7 @@ impl Crossing {
             callers,
             notes: Vec::new(),
             over: false,
+            asks_for_job: plan.runner == Runner::Slurm && !plan.reach.in_slurm_job,
         })
     }
 
@@ -194,20 +197,55 @@ impl Crossing {
     }
 
     /// Waits for the runner, whose agents are over, and ends it if it does not end. What it still says is taken in, so that nobody waits
-    /// for that.
-    pub(crate) fn close(&mut self) {
+    /// for that. `slurm_job` is the job of the agents, if it is known: Slurm would keep its nodes if its srun was killed.
+    pub(crate) fn close(&mut self, slurm_job: Option<&str>) {
+        let code = self.end();
+        if self.asks_for_job
+            && code.is_none()
+            && let Some(job) = slurm_job
+        {
+            // Where there is no scancel there was no srun.
+            let cancelled = Command::new("scancel")
+                .arg(job)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .process_group(0)
+                .spawn();
+            if let Ok(mut child) = cancelled {
+                await_end(&mut child, END);
+                // It has ended, or the controller does not answer.
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+    }
+
+    /// Ends the runner; its exit code, or none where a signal has ended it.
+    fn end(&mut self) -> Option<i32> {
         let group = Pid::from_child(&self.child);
         for signal in [Signal::TERM, Signal::KILL] {
             let began = Instant::now();
             while began.elapsed() < END {
                 self.listen();
-                if !matches!(self.child.try_wait(), Ok(None)) {
-                    return;
+                if let Some(status) = await_end(&mut self.child, Duration::from_millis(2)) {
+                    return status.code();
                 }
-                std::thread::sleep(Duration::from_millis(2));
             }
             // With it its ssh clients.
             let _ = rustix::process::kill_process_group(group, signal);
+        }
+        None
+    }
+}
+
+fn await_end(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+    let began = Instant::now();
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if began.elapsed() < patience => std::thread::sleep(Duration::from_millis(1)),
+            _ => return None,
         }
     }
 }

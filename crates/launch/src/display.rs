@@ -127,7 +127,9 @@ impl fmt::Display for LaunchPlan {
         if self.master_port.is_none() {
             writeln!(f, "  MASTER_PORT=(a free port, chosen at the start)")?;
         }
-        writeln!(f, "  {SECRET_VARIABLE}=(random, new for each job)")?;
+        if self.ranks.len() == self.world {
+            writeln!(f, "  {SECRET_VARIABLE}=(random, new for each job)")?;
+        }
         for rank in &self.ranks {
             write!(f, "\nrank {}", rank.rank)?;
             if let Some(cores) = &rank.cores {

@@ -310,6 +310,13 @@ pub enum LaunchError {
         code: u8,
     },
 
+    /// Restarts of a job whose parts do not know of each other.
+    #[error(
+        "--max_restarts needs a launcher that sees every host, and with --no_ssh each sees its own only; leave one of \
+         the two out"
+    )]
+    RestartByHand,
+
     /// A setting that this version knows but cannot do.
     #[error("{setting} is not built yet{hint}")]
     NotBuilt {

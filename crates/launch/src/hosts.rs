@@ -10,41 +10,42 @@
 //! - HOSTS-2: when this function returns, every connection is closed, so that nothing is left on any host that can still be reached; and
 //!   an agent whose launcher cannot be reached ends everything by itself.
 
+use crate::attempts::JobEnd;
 use crate::connection::{Connection, Received};
 use crate::console::Console;
 use crate::crossing::Crossing;
 use crate::error::LaunchError;
+use crate::evidence::Evidence;
 use crate::hosts_plan::HostsPlan;
 use crate::inbox::Inbox;
 use crate::meeting;
-use crate::merge::{Merger, Output, Stream};
+use crate::merge::Stream;
 use crate::message::{Hello, Incoming, Order, Report, Start};
-use crate::report::{self, RankFacts};
+use crate::oversight::{Oversight, Wording};
+use crate::report::RankFacts;
 use crate::runner::Runner;
 use crate::secret;
 use crate::signals::{self, Ending};
-use crate::supervise::{AFTER_KILL, write_all};
 use crate::tail::Tail;
-use crate::watch::{Action, Event, Outcome, Patience, Watch, is_victim};
+use crate::watch::Event;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use signal_hook::consts::signal::{SIGCHLD, SIGPIPE, SIGWINCH};
-use std::io::{self, IsTerminal};
+use signal_hook::consts::signal::{SIGCHLD, SIGWINCH};
 use std::time::{Duration, Instant};
 
 /// How long all hosts together may take to answer.
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// How often a host is told that the launcher is there.
-const BEAT: Duration = Duration::from_secs(5);
+const BEAT: Duration = Duration::from_secs(2);
 
-/// A host that says nothing for so long is lost.
-const SILENCE: Duration = Duration::from_secs(30);
+/// A host that says nothing for so long while its ranks run is lost. Its agent says something every second.
+const SILENCE: Duration = Duration::from_secs(6);
 
 /// How long the hosts may take to end what is left there: the agent's time from SIGTERM to SIGKILL, and its sweep.
 const CLOSE: Duration = Duration::from_secs(4);
 
-const SIGTERM: i32 = 15;
-const SIGKILL: i32 = 9;
+const WORDING: Wording =
+    Wording { ranks: "the ranks of every host", none_left: "no rank is left on any host" };
 
 /// Where a host stands.
 #[derive(Debug)]
@@ -68,31 +69,28 @@ struct Host {
 struct Rank {
     pid: i32,
     tail: Tail,
-    evidence: Option<String>,
+    evidence: Option<Evidence>,
     log: Option<std::path::PathBuf>,
+    step: Option<u64>,
 }
 
 struct Job<'a> {
     plan: HostsPlan,
     console: &'a Console,
-    began: Instant,
     /// pdsh, mpirun or srun, and who calls back; none by ssh.
     crossing: Option<Crossing>,
+    oversight: Oversight<'a>,
     hosts: Vec<Host>,
     ranks: Vec<Rank>,
     port: Option<Result<u16, String>>,
-    merger: Merger,
-    watch: Watch,
-    killed_at: Option<Duration>,
     beat: Duration,
 }
 
-/// Runs the plan to its end and returns the exit code.
+/// Runs the plan to its end.
 ///
 /// # Errors
 /// A host could not be reached or could not start its ranks; then none is left running.
-pub(crate) fn run(plan: HostsPlan, console: &Console) -> Result<u8, LaunchError> {
-    let mut inbox = Inbox::open()?;
+pub(crate) fn run(plan: HostsPlan, inbox: &mut Inbox, console: &Console) -> Result<JobEnd, LaunchError> {
     let crossing = if plan.runner == Runner::Ssh { None } else { Some(Crossing::open(&plan)?) };
     let hosts = (0..plan.parts.len())
         .map(|at| {
@@ -107,25 +105,22 @@ pub(crate) fn run(plan: HostsPlan, console: &Console) -> Result<u8, LaunchError>
     let mut job = Job {
         plan,
         console,
-        began: Instant::now(),
         crossing,
+        oversight: Oversight::new(console, WORDING, 0, world),
         hosts,
         ranks: (0..world).map(|_| Rank::default()).collect(),
         port: None,
-        merger: Merger::new(0, world, [io::stdout().is_terminal(), io::stderr().is_terminal()]),
-        watch: Watch::new(world, Patience::default()),
-        killed_at: None,
         beat: Duration::ZERO,
     };
-    let started = job.start(&mut inbox).and_then(|()| job.watch_over(&mut inbox));
-    let success = started.is_ok() && job.watch.outcome() == Some(Outcome::Success);
+    let started = job.start(inbox).and_then(|()| job.watch_over(inbox));
+    let success = started.is_ok() && job.oversight.is_success();
     job.close(success);
     started.map(|()| job.conclude())
 }
 
 impl Job<'_> {
     fn now(&self) -> Duration {
-        self.began.elapsed()
+        self.oversight.now()
     }
 
     /// Gets every host to run its ranks.
@@ -234,18 +229,18 @@ impl Job<'_> {
 
     /// Waits and acts until every rank is over.
     fn watch_over(&mut self, inbox: &mut Inbox) -> Result<(), LaunchError> {
-        while !self.watch.is_over() {
-            let kill = self.killed_at.map(|at| at + AFTER_KILL + Duration::from_millis(1));
-            let deadline = [self.watch.deadline(), kill].into_iter().flatten().min();
-            self.wait(inbox, deadline)?;
+        while !self.oversight.is_over() {
+            self.wait(inbox, self.oversight.deadline())?;
             for signal in inbox.take() {
                 if !matches!(signal, SIGCHLD | SIGWINCH) {
-                    self.decide(Event::Interrupted(signal));
+                    self.oversight.on(Event::Interrupted(signal));
                 }
             }
-            self.decide(Event::Tick);
-            if self.killed_at.is_some_and(|at| self.now() > at + AFTER_KILL) {
-                self.watch.give_up();
+            self.oversight.tick();
+            for signal in self.oversight.take_signals() {
+                for host in self.hosts.iter_mut().filter(|host| matches!(host.state, State::Running)) {
+                    host.connection.send(&Order::Signal(signal));
+                }
             }
         }
         Ok(())
@@ -253,7 +248,7 @@ impl Job<'_> {
 
     /// Sleeps until something happens, at most until the deadline, and takes in what has come from the hosts.
     fn wait(&mut self, inbox: &Inbox, deadline: Option<Duration>) -> Result<(), LaunchError> {
-        let next = [deadline, self.merger.deadline(), Some(self.beat + BEAT)];
+        let next = [deadline, Some(self.beat + BEAT)];
         let wait = next.into_iter().flatten().min().unwrap_or(BEAT).saturating_sub(self.now());
         let timeout =
             Timespec { tv_sec: wait.as_secs().cast_signed(), tv_nsec: i64::from(wait.subsec_nanos()) };
@@ -282,8 +277,6 @@ impl Job<'_> {
                 host.connection.send(&Order::Alive);
             }
         }
-        let held = self.merger.tick(self.now());
-        self.write(held);
         Ok(())
     }
 
@@ -296,7 +289,7 @@ impl Job<'_> {
         }
         host.connection.flush();
         let Received { incoming, any, mut problem } = host.connection.receive();
-        if any || matches!(host.state, State::Connecting) {
+        if any || !matches!(host.state, State::Running) {
             host.heard = now;
         } else if problem.is_none() && now > host.heard + SILENCE {
             problem = Some(format!("it has said nothing for {} s", SILENCE.as_secs()));
@@ -334,18 +327,15 @@ impl Job<'_> {
             }
         }
         if running {
-            for rank in 0..self.ranks.len() {
-                let rest = self.merger.finish(rank);
-                self.write(rest);
-                self.ranks[rank].evidence.get_or_insert_with(|| lost.clone());
+            for rank in &mut self.ranks {
+                rank.evidence.get_or_insert_with(|| Evidence { out_of_memory: false, text: lost.clone() });
             }
-            self.decide(Event::HostLost { first: 0, count: self.ranks.len() });
+            self.oversight.host_lost(0, self.ranks.len());
         }
     }
 
     /// Takes in one message of a host. An agent speaks for the ranks of its own host only.
     fn take(&mut self, at: usize, incoming: Incoming) -> Result<(), String> {
-        let now = self.now();
         let own = |rank: usize, plan: &HostsPlan| {
             if plan.host_of(rank) == Some(at) {
                 Ok(rank)
@@ -359,8 +349,7 @@ impl Job<'_> {
                 if stream == Stream::Stderr {
                     self.ranks[rank].tail.push(&bytes);
                 }
-                let outputs = self.merger.push(now, rank, stream, &bytes);
-                self.write(outputs);
+                self.oversight.output(rank, stream, &bytes);
             }
             Incoming::Report(report) => match report {
                 Report::Hello(hello) => self.welcome(at, hello),
@@ -377,26 +366,22 @@ impl Job<'_> {
                 Report::Refused(what) => self.hosts[at].state = State::Gone(what),
                 Report::Note { warning, text } => {
                     let text = format!("host {}: {text}", self.plan.parts[at].host);
-                    let ends = self.merger.end_lines();
-                    self.write(ends);
-                    if warning { self.console.warn(&text) } else { self.console.info(&text) }
+                    self.oversight.say(warning, &text);
                 }
-                Report::Ended { rank, ending, evidence, log } => {
+                Report::Ended { rank, ending, evidence, log, step } => {
                     let rank = own(rank, &self.plan)?;
-                    let rest = self.merger.finish(rank);
-                    self.write(rest);
                     let known = &mut self.ranks[rank];
-                    (known.evidence, known.log) = (evidence, log);
-                    let victim = is_victim(&known.tail.last_words());
-                    self.decide(Event::Ended { rank, ending, victim });
+                    (known.evidence, known.log, known.step) = (evidence, log, step);
+                    self.oversight.ended(rank, ending, &known.tail.last_words());
                 }
-                Report::Stopped { rank, signal } => {
+                Report::Stopped { rank, signal, step } => {
                     let rank = own(rank, &self.plan)?;
-                    self.decide(Event::Stopped { rank, signal });
+                    self.ranks[rank].step = step;
+                    self.oversight.on(Event::Stopped { rank, signal });
                 }
                 Report::Continued { rank } => {
                     let rank = own(rank, &self.plan)?;
-                    self.decide(Event::Continued { rank });
+                    self.oversight.on(Event::Continued { rank });
                 }
                 Report::Answer(_) => return Err("an answer that nobody asked for".to_owned()),
                 Report::Leaving(why) => self.lose(at, why),
@@ -426,60 +411,15 @@ impl Job<'_> {
         let (first, count) = (self.plan.parts[at].first_rank, self.plan.parts[at].slots.len());
         let was_running = matches!(self.hosts[at].state, State::Running);
         if was_running {
-            for rank in first..first + count {
-                let rest = self.merger.finish(rank);
-                self.write(rest);
-                self.ranks[rank].evidence.get_or_insert_with(|| what.clone());
+            for rank in &mut self.ranks[first..first + count] {
+                let lost = || Evidence { out_of_memory: false, text: what.clone() };
+                rank.evidence.get_or_insert_with(lost);
             }
         }
         self.hosts[at].state = State::Gone(what);
+        self.hosts[at].connection.cut();
         if was_running {
-            self.decide(Event::HostLost { first, count });
-        }
-    }
-
-    /// Writes merged output; a reader that went away (`| head`) ends the job.
-    fn write(&mut self, outputs: Vec<Output>) {
-        for (stream, bytes) in outputs {
-            let result = match stream {
-                Stream::Stdout => write_all(&mut io::stdout().lock(), &bytes),
-                Stream::Stderr => write_all(&mut io::stderr().lock(), &bytes),
-            };
-            if result.is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
-                && self.killed_at.is_none()
-            {
-                self.decide(Event::Interrupted(SIGPIPE));
-            }
-        }
-    }
-
-    /// Lets the state machine decide, and does what it says.
-    fn decide(&mut self, event: Event) {
-        let now = self.now();
-        let Some(action) = self.watch.on(now, event) else { return };
-        match action {
-            Action::PassOn(signal) => {
-                let name = signals::name(signal).unwrap_or("a signal");
-                let patience = Patience::default().interrupt.as_secs();
-                let ends = self.merger.end_lines();
-                self.write(ends);
-                self.console.info(&format!(
-                    "{name}: passed on to the ranks of every host, which have {patience} s to finish; once more ends \
-                     them at once"
-                ));
-                self.signal(if signal == SIGPIPE { SIGTERM } else { signal });
-            }
-            Action::Terminate => self.signal(SIGTERM),
-            Action::Kill => {
-                self.killed_at = Some(now);
-                self.signal(SIGKILL);
-            }
-        }
-    }
-
-    fn signal(&mut self, signal: i32) {
-        for host in self.hosts.iter_mut().filter(|host| matches!(host.state, State::Running)) {
-            host.connection.send(&Order::Signal(signal));
+            self.oversight.host_lost(first, count);
         }
     }
 
@@ -513,7 +453,7 @@ impl Job<'_> {
             }
         }
         if let Some(crossing) = &mut self.crossing {
-            crossing.close();
+            crossing.close(self.hosts.iter().find_map(|host| host.hello.slurm_job.as_deref()));
             if crossing.strangers() > 0 {
                 self.console.debug(&format!(
                     "deepspeed: {} callers that are no agents of this job were refused\n",
@@ -524,34 +464,18 @@ impl Job<'_> {
     }
 
     /// Says how it went.
-    fn conclude(&mut self) -> u8 {
-        let outcome = self.watch.outcome().unwrap_or(Outcome::Success);
-        let ends = self.merger.end_lines();
-        self.write(ends);
-        match outcome {
-            Outcome::Success => {}
-            Outcome::Failed { cause, ending } => {
-                let code = outcome.exit_code();
-                let report = report::compose(&self.watch, 0, (cause, ending), code, |rank| {
-                    let known = &self.ranks[rank];
-                    RankFacts {
-                        host: self
-                            .plan
-                            .host_of(rank)
-                            .map_or_else(String::new, |at| self.plan.parts[at].host.clone()),
-                        pid: known.pid,
-                        last_lines: known.tail.last_lines(),
-                        evidence: known.evidence.clone(),
-                        log: known.log.clone(),
-                    }
-                });
-                self.console.report(&report.to_string());
+    fn conclude(&mut self) -> JobEnd {
+        let (ranks, plan) = (&self.ranks, &self.plan);
+        self.oversight.end(|rank| {
+            let known = &ranks[rank];
+            RankFacts {
+                host: plan.host_of(rank).map_or_else(String::new, |at| plan.parts[at].host.clone()),
+                pid: known.pid,
+                last_lines: known.tail.last_lines(),
+                evidence: known.evidence.clone(),
+                log: known.log.clone(),
+                step: known.step,
             }
-            Outcome::Interrupted(signal) => {
-                let name = signals::name(signal).unwrap_or("a signal");
-                self.console.info(&format!("ended by {name}; no rank is left on any host"));
-            }
-        }
-        outcome.exit_code()
+        })
     }
 }

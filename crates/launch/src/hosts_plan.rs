@@ -88,14 +88,18 @@ pub(crate) fn environment(
     notes: &mut Vec<Note>,
 ) -> BTreeMap<String, String> {
     let aisc = surroundings.environment.contains_key("AISC_JOB_NAME");
+    let is_handed_on = |name: &str| {
+        let known =
+            HANDED_ON.iter().any(|prefix| name.starts_with(prefix)) || HANDED_ON_NAMES.contains(&name);
+        known && !(aisc && AISC_OWN.contains(&name)) && !OWN_VARIABLES.contains(&name)
+    };
+    for name in surroundings.not_text.iter().filter(|name| is_handed_on(name)) {
+        notes.push(Note::warning(format!("{name} is not handed on: its value is not valid UTF-8")));
+    }
     let mut env: BTreeMap<String, String> = surroundings
         .environment
         .iter()
-        .filter(|(name, _)| {
-            let known = HANDED_ON.iter().any(|prefix| name.starts_with(prefix))
-                || HANDED_ON_NAMES.contains(&name.as_str());
-            known && !(aisc && AISC_OWN.contains(&name.as_str())) && !OWN_VARIABLES.contains(&name.as_str())
-        })
+        .filter(|(name, _)| is_handed_on(name))
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect();
     if !env.is_empty() {

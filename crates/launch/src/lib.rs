@@ -11,13 +11,16 @@
 //!              /     \
 //!       LaunchPlan   HostsPlan              this machine | a part for each host
 //!           |            |
+//!            \          /
+//!             attempts                      once, or again after a failure (--max_restarts): restart decides
+//!            /          \
 //!       preflight      hosts                the script is there, the port is free | connect, say hello, start
 //!           |            |   \
 //!       supervise        |   ssh ... agent  ranks on another host, tied to the connection; through pdsh, mpirun or
 //!        |    \          |            |      srun (`crossing`) the agent calls back
 //!        |   ranks       |          ranks   one process group for each rank
 //!        |               |
-//!       Merger, Watch, Tail                 pure: output line by line; when to end the job and whose fault it was
+//!    Oversight: Merger, Watch, Tail         pure: output line by line; when to end the job and whose fault it was
 //!                 |
 //!           FailureReport                   one report, the exit code of the first failure
 //! ```
@@ -35,6 +38,8 @@
 //! | `CUDA_VISIBLE_DEVICES` | the GPUs of all local ranks (only where there are GPUs) |
 //! | `OMP_NUM_THREADS` | its share of the cores, at least 1, unless it is set already |
 //! | `DS_JOB_SECRET` | a random value by which the ranks of one job know each other |
+//! | `DS_PROGRESS_FILE` | where the engine leaves word of the step it is in |
+//! | `DS_RESTART_COUNT`, `_REASON`, `_STEP` | with `--max_restarts`: which attempt this is, and what the last one failed of |
 //! | names of `.deepspeed_env` | as that file says |
 //! | `NCCL*`, `PYTHON*`, ... | on several hosts: those of the launcher ([`HostsPlan`]) |
 //!
@@ -46,6 +51,7 @@
 
 mod agent;
 mod args;
+mod attempts;
 mod callers;
 mod columns;
 mod connection;
@@ -77,6 +83,8 @@ mod meeting;
 mod merge;
 mod message;
 mod nearest;
+mod outgoing;
+mod oversight;
 mod pid_file;
 mod plan;
 mod port;
@@ -86,6 +94,7 @@ mod ranks;
 mod reach;
 mod report;
 mod resources;
+mod restart;
 mod runner;
 mod runner_error;
 mod secret;
@@ -103,16 +112,19 @@ pub use columns::Columns;
 pub use error::LaunchError;
 pub use everywhere::on_every_host;
 pub use filters::{Direction, HostFilter, HostSlots, Slot};
+pub use guard::GUARD_COMMAND;
 pub use host_args::HostArgs;
 pub use host_part::{HostPart, Program};
 pub use hosts_plan::{AGENT_COMMAND, HostsPlan};
 pub use plan::{Interpreter, LaunchPlan, Note, Plan, RankPlan, SECRET_VARIABLE, resolve};
 pub use resources::Device;
+pub use restart::{FailureKind, RestartOn};
 pub use runner::Runner;
 pub use surroundings::Surroundings;
 
 use clap::{CommandFactory, Parser};
 use console::Console;
+use restart::Policy;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -171,6 +183,12 @@ pub fn agent_main(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// The hidden command [`GUARD_COMMAND`]: ends what is left of a job when the process that holds its ranks is gone.
+pub fn guard_main() -> ExitCode {
+    guard::run();
+    ExitCode::SUCCESS
+}
+
 fn launch(args: &LaunchArgs, console: &Console) -> Result<u8, LaunchError> {
     let plan = resolve(args, &Surroundings::read(args)?)?;
     if args.dry_run {
@@ -191,20 +209,7 @@ fn launch(args: &LaunchArgs, console: &Console) -> Result<u8, LaunchError> {
             console.info(&note.text);
         }
     }
-    let _pid_file;
-    match plan {
-        Plan::Here(mut plan) => {
-            preflight::check(&mut plan)?;
-            _pid_file = args.save_pid.then(pid_file::PidFile::write).transpose()?;
-            console.info(&plan.summary());
-            console.debug(&plan.to_string());
-            supervise::run(&plan, console)
-        }
-        Plan::Hosts(plan) => {
-            _pid_file = args.save_pid.then(pid_file::PidFile::write).transpose()?;
-            console.info(&plan.summary());
-            console.debug(&plan.to_string());
-            hosts::run(plan, console)
-        }
-    }
+    let _pid_file = args.save_pid.then(pid_file::PidFile::write).transpose()?;
+    let on = if args.restart_on.is_empty() { vec![RestartOn::Any] } else { args.restart_on.clone() };
+    attempts::run(&plan, Policy { most: args.max_restarts, on }, console)
 }

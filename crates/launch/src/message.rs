@@ -14,6 +14,7 @@
 //! ```
 
 use crate::doctor::{Answer, Question};
+use crate::evidence::Evidence;
 use crate::frame::{self, Frame};
 use crate::host_part::HostPart;
 use crate::merge::Stream;
@@ -82,9 +83,9 @@ pub(crate) enum Report {
     /// A remark.
     Note { warning: bool, text: String },
     /// A rank is over.
-    Ended { rank: usize, ending: Ending, evidence: Option<String>, log: Option<PathBuf> },
+    Ended { rank: usize, ending: Ending, evidence: Option<Evidence>, log: Option<PathBuf>, step: Option<u64> },
     /// A rank was stopped by this signal.
-    Stopped { rank: usize, signal: i32 },
+    Stopped { rank: usize, signal: i32, step: Option<u64> },
     /// A rank that was stopped goes on.
     Continued { rank: usize },
     /// The answer to a question of `deepspeed doctor`.
@@ -108,6 +109,8 @@ pub(crate) struct Hello {
     pub(crate) reached_at: Option<String>,
     /// The launcher's address as the host sees it, if it is known.
     pub(crate) reached_from: Option<String>,
+    /// The Slurm job that the agent runs in.
+    pub(crate) slurm_job: Option<String>,
 }
 
 /// What came in one frame from an agent.
@@ -176,7 +179,8 @@ mod tests {
 
     #[test]
     fn what_goes_in_comes_out() {
-        let report = Report::Ended { rank: 3, ending: Ending::Signal(9), evidence: None, log: None };
+        let evidence = Some(Evidence { out_of_memory: true, text: "x".into() });
+        let report = Report::Ended { rank: 3, ending: Ending::Signal(9), evidence, log: None, step: Some(7) };
         let mut decoder = Decoder::default();
         decoder.push(&encode(&report).unwrap());
         decoder.push(&encode_output(2, Stream::Stderr, b"\xffa").unwrap());

@@ -17,6 +17,7 @@ use crate::filters::{HostSlots, Slot};
 use crate::host_part::{HostPart, Program};
 use crate::hosts_plan::{self, HostsPlan};
 use crate::resources::{self, Device, Resources};
+use crate::restart::Failure;
 use crate::surroundings::Surroundings;
 use serde::{Deserialize, Serialize, Serializer};
 use std::collections::BTreeMap;
@@ -34,7 +35,7 @@ pub enum Plan {
 }
 
 /// Variables that the launcher itself sets for each rank; an environment file cannot change them.
-pub(crate) const OWN_VARIABLES: [&str; 10] = [
+pub(crate) const OWN_VARIABLES: [&str; 15] = [
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -45,6 +46,11 @@ pub(crate) const OWN_VARIABLES: [&str; 10] = [
     "MASTER_PORT",
     "CUDA_VISIBLE_DEVICES",
     SECRET_VARIABLE,
+    "DS_RESTART_COUNT",
+    "DS_RESTART_REASON",
+    "DS_RESTART_STEP",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
 ];
 
 /// The port where none is given and none can be agreed on: that of the original.
@@ -133,6 +139,29 @@ impl Note {
     }
 }
 
+impl Plan {
+    /// Tells the ranks that this is the attempt after `count` restarts of at most `most`, and what the one before it failed of. torchrun's
+    /// names are there for scripts that know them.
+    pub(crate) fn tell_restarts(&mut self, count: u32, most: u32, last: Option<&Failure>) {
+        let mut variables = vec![
+            ("DS_RESTART_COUNT", count.to_string()),
+            ("TORCHELASTIC_RESTART_COUNT", count.to_string()),
+            ("TORCHELASTIC_MAX_RESTARTS", most.to_string()),
+        ];
+        if let Some(failure) = last {
+            variables.push(("DS_RESTART_REASON", failure.kind.to_string()));
+            variables.extend(failure.step.map(|step| ("DS_RESTART_STEP", step.to_string())));
+        }
+        let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value));
+        match self {
+            Plan::Here(plan) => {
+                plan.ranks.iter_mut().for_each(|rank| rank.env.extend(variables.clone()));
+            }
+            Plan::Hosts(plan) => plan.parts.iter_mut().for_each(|part| part.env.extend(variables.clone())),
+        }
+    }
+}
+
 fn lossy<S: Serializer>(word: &OsString, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&word.to_string_lossy())
 }
@@ -209,10 +238,16 @@ pub fn resolve(args: &LaunchArgs, surroundings: &Surroundings) -> Result<Plan, L
             })
             .collect()
     };
+    if args.max_restarts == 0 && !args.restart_on.is_empty() {
+        notes.push(Note::info("--restart_on has no effect without --max_restarts"));
+    }
     let env = file_variables(surroundings, &mut notes);
-    match resources {
+    let mut plan = match resources {
         Resources::Here { hosts, at, device } => {
             let mut part = parts(&hosts, &env).swap_remove(at);
+            if part.nodes > 1 && args.max_restarts > 0 {
+                return Err(LaunchError::RestartByHand);
+            }
             if part.master_addr.is_empty() {
                 part.master_addr =
                     if part.nodes > 1 { hosts[0].host.clone() } else { "127.0.0.1".to_owned() };
@@ -223,13 +258,17 @@ pub fn resolve(args: &LaunchArgs, surroundings: &Surroundings) -> Result<Plan, L
                     "with --no_ssh every host must be told the same --master_port; it is {DEFAULT_PORT} as none is given"
                 )));
             }
-            on_host(&part, surroundings, device, notes).map(Plan::Here)
+            Plan::Here(on_host(&part, surroundings, device, notes)?)
         }
         Resources::Hosts(hosts) => {
             let env = hosts_plan::environment(args, surroundings, env, &mut notes);
-            hosts_plan::resolve(args, surroundings, parts(&hosts, &env), notes).map(Plan::Hosts)
+            Plan::Hosts(hosts_plan::resolve(args, surroundings, parts(&hosts, &env), notes)?)
         }
+    };
+    if args.max_restarts > 0 {
+        plan.tell_restarts(0, args.max_restarts, None);
     }
+    Ok(plan)
 }
 
 /// The plan of one host for its part of the job, in view of what the host has.

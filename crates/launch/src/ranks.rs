@@ -6,13 +6,17 @@
 
 use crate::descendants;
 use crate::error::LaunchError;
-use crate::guard::Guard;
+use crate::evidence::{Evidence, OutOfMemory, Remains};
+use crate::guard::{Guard, MARK_VARIABLE};
 use crate::logs;
 use crate::merge::Stream;
-use crate::plan::LaunchPlan;
+use crate::plan::{LaunchPlan, SECRET_VARIABLE};
+use crate::secret;
 use crate::signals::Ending;
 use crate::spawn::{self, Streams};
-use rustix::process::{Pid, Signal, WaitOptions};
+use crate::tail::Tail;
+use deepspeed_monitor::{PROGRESS_VARIABLE, ProgressFile};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions};
 use std::fs::File;
 use std::io::{self, Read, Write as _};
 use std::path::PathBuf;
@@ -26,12 +30,19 @@ struct Running {
     alive: bool,
     pipes: [Option<File>; 2],
     log: Option<fs_err::File>,
+    /// The end of its stderr.
+    tail: Tail,
+    /// Which step it is in; `None` where there is no descriptor left for it.
+    progress: Option<ProgressFile>,
+    /// What there was to be seen of it after its end.
+    remains: Remains,
 }
 
 /// The ranks of this host, by local rank.
 pub(crate) struct Ranks {
     ranks: Vec<Running>,
     guard: Guard,
+    out_of_memory: OutOfMemory,
 }
 
 /// What came out of a pipe.
@@ -67,17 +78,17 @@ impl Ranks {
         // Orphans of ranks become children of this process, so that they can be found and ended.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
             .map_err(|e| LaunchError::System { what: "becoming the parent of orphans", source: e.into() })?;
-        Ok(Self { ranks: Vec::new(), guard: Guard::start() })
+        Ok(Self { ranks: Vec::new(), guard: Guard::start(), out_of_memory: OutOfMemory::watch() })
     }
 
-    /// Starts every rank of the plan. After an error, those that were started are ended.
+    /// Starts every rank of the plan, with the job's secret if there is one. After an error, those that were started are ended.
     ///
     /// # Errors
     /// A log file or a rank that cannot be had.
     pub(crate) fn start(
         &mut self,
         plan: &LaunchPlan,
-        secret: &str,
+        secret: Option<&str>,
         streams: impl FnMut(usize) -> Streams,
     ) -> Result<(), LaunchError> {
         let started = self.start_each(plan, secret, streams);
@@ -91,7 +102,7 @@ impl Ranks {
     fn start_each(
         &mut self,
         plan: &LaunchPlan,
-        secret: &str,
+        secret: Option<&str>,
         mut streams: impl FnMut(usize) -> Streams,
     ) -> Result<(), LaunchError> {
         let mut logs = match &plan.rank_log_dir {
@@ -100,17 +111,41 @@ impl Ranks {
         }
         .into_iter();
         let launcher = rustix::process::getpid();
+        let mark = secret::new()?;
+        self.guard.job(&mark);
         for (index, rank) in plan.ranks.iter().enumerate() {
-            let started = spawn::start(rank, secret, streams(index), launcher)?;
+            // Without it the launcher does not know the step of a failure, and that is all.
+            let progress = ProgressFile::create().ok();
+            let path = progress.as_ref().map(ProgressFile::path);
+            let mut private = vec![(MARK_VARIABLE, mark.as_str())];
+            private.extend(secret.map(|secret| (SECRET_VARIABLE, secret)));
+            private.extend(path.as_deref().map(|path| (PROGRESS_VARIABLE, path)));
+            let started = spawn::start(rank, &private, streams(index), launcher)?;
             self.guard.started(started.pid);
             self.ranks.push(Running {
                 pid: started.pid,
                 alive: true,
                 pipes: [Some(started.stdout), Some(started.stderr)],
                 log: logs.next(),
+                tail: Tail::default(),
+                progress,
+                remains: Remains::default(),
             });
         }
         Ok(())
+    }
+
+    /// Tells the guard from now on that this process is not stopped; when it is, the guard ends it and all that it holds.
+    ///
+    /// # Errors
+    /// There is no thread or no descriptor to be had.
+    pub(crate) fn beat(&self) -> io::Result<()> {
+        self.guard.beat()
+    }
+
+    /// Tells the guard that there is nothing left for it to end.
+    pub(crate) fn dismiss_guard(&mut self) {
+        self.guard.done();
     }
 
     /// The outputs that are still open.
@@ -129,14 +164,20 @@ impl Ranks {
 
     /// Takes what an output holds, up to one buffer.
     pub(crate) fn read(&mut self, index: usize, stream: Stream, buffer: &mut [u8]) -> Chunk {
-        let slot = &mut self.ranks[index].pipes[stream as usize];
+        let rank = &mut self.ranks[index];
+        let slot = &mut rank.pipes[stream as usize];
         let Some(pipe) = slot else { return Chunk::Nothing };
         match pipe.read(buffer) {
             Ok(0) => {
                 *slot = None;
                 Chunk::Nothing
             }
-            Ok(length) => Chunk::Bytes(length),
+            Ok(length) => {
+                if stream == Stream::Stderr {
+                    rank.tail.push(&buffer[..length]);
+                }
+                Chunk::Bytes(length)
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Chunk::Again,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Chunk::Nothing,
             Err(error) => {
@@ -169,6 +210,7 @@ impl Ranks {
 
     /// What has become of a rank since the last call, one at a time; orphans are collected on the way.
     pub(crate) fn reap(&mut self) -> Option<(usize, Change)> {
+        self.look_at_the_dead();
         let options = WaitOptions::NOHANG | WaitOptions::UNTRACED | WaitOptions::CONTINUED;
         while let Ok(Some((pid, status))) = rustix::process::wait(options) {
             let Some(index) = self.ranks.iter().position(|rank| rank.alive && rank.pid == pid) else {
@@ -192,6 +234,33 @@ impl Ranks {
             return Some((index, change));
         }
         None
+    }
+
+    /// Notes what can only be seen of a process between its end and its collection.
+    fn look_at_the_dead(&mut self) {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        for rank in self.ranks.iter_mut().filter(|rank| rank.alive) {
+            if let Ok(Some(_)) = rustix::process::waitid(WaitId::Pid(rank.pid), options) {
+                rank.remains = Remains::of(rank.pid.as_raw_nonzero().get());
+            }
+        }
+    }
+
+    /// What can be said of a rank that has ended like this, if memory may have had to do with it; after all that it has written was
+    /// read.
+    pub(crate) fn evidence(&self, index: usize, ending: Ending) -> Option<Evidence> {
+        let rank = &self.ranks[index];
+        self.out_of_memory.explain(self.pid(index), ending, &rank.remains, &rank.tail.last_words())
+    }
+
+    /// The end of the rank's stderr.
+    pub(crate) fn tail(&self, index: usize) -> &Tail {
+        &self.ranks[index].tail
+    }
+
+    /// The step that the rank is or was in, counted from 1, if it has said so.
+    pub(crate) fn step(&self, index: usize) -> Option<u64> {
+        self.ranks.get(index)?.progress.as_ref()?.step()
     }
 
     /// Sends a signal to the process group of every rank that still runs.

@@ -1,5 +1,6 @@
 //! The launcher's last words after a failure: one report that says who failed first, how, why, and where to read on.
 
+use crate::evidence::Evidence;
 use crate::signals::Ending;
 use crate::watch::{RankState, Watch};
 use std::fmt::{self, Write};
@@ -19,8 +20,10 @@ pub(crate) struct FailureReport {
     pub(crate) ending: Ending,
     /// How long it ran.
     pub(crate) after: Duration,
-    /// What the kernel says, where it was killed.
-    pub(crate) evidence: Option<String>,
+    /// The step that it was in, counted from 1, where that is known.
+    pub(crate) step: Option<u64>,
+    /// Whether memory was short, where that may have been.
+    pub(crate) evidence: Option<Evidence>,
     /// The last lines of its stderr.
     pub(crate) last_lines: Vec<String>,
     /// Ranks that failed by themselves with the same last lines.
@@ -35,6 +38,54 @@ pub(crate) struct FailureReport {
     pub(crate) log: Option<PathBuf>,
     /// The launcher's exit code.
     pub(crate) exit_code: u8,
+    /// All attempts, where the job was to be started again after a failure.
+    pub(crate) earlier: Option<Earlier>,
+}
+
+/// The attempts at a job that was started again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Earlier {
+    /// How each of them failed, in one line; the last one too.
+    pub(crate) attempts: Vec<String>,
+    /// Why there is no further one; empty where the last went well.
+    pub(crate) why: String,
+}
+
+impl fmt::Display for Earlier {
+    /// `2 restarts`, and a line for each attempt that failed.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let restarts = if self.why.is_empty() { self.attempts.len() } else { self.attempts.len() - 1 };
+        write!(f, "{restarts} restart{}", if restarts == 1 { "" } else { "s" })?;
+        if !self.why.is_empty() {
+            write!(f, "; no further one: {}", self.why)?;
+        }
+        for (index, attempt) in self.attempts.iter().enumerate() {
+            write!(f, "\n    attempt {}: {attempt}", index + 1)?;
+        }
+        Ok(())
+    }
+}
+
+impl FailureReport {
+    /// The failure in one line.
+    pub(crate) fn summary(&self) -> String {
+        let mut text = if self.ending == Ending::HostLost {
+            format!("host {} was lost", self.host)
+        } else {
+            format!("rank {} on {} {}", self.rank, self.host, self.ending.words())
+        };
+        if self.evidence.as_ref().is_some_and(|evidence| evidence.out_of_memory) {
+            text.push_str(", out of memory");
+        }
+        if let Some(step) = self.step {
+            let _ = write!(text, " in step {step}");
+        }
+        let _ = write!(text, ", after {}", seconds(self.after));
+        if let Some(line) = self.last_lines.last().filter(|line| !line.is_empty()) {
+            let _ = write!(text, ": {line}");
+        }
+        text
+    }
 }
 
 impl fmt::Display for FailureReport {
@@ -57,8 +108,11 @@ impl fmt::Display for FailureReport {
         if let Some(meaning) = self.ending.meaning() {
             writeln!(f, "  meaning:   {meaning}")?;
         }
+        if let Some(step) = self.step {
+            writeln!(f, "  step:      {step}")?;
+        }
         if let Some(evidence) = &self.evidence {
-            writeln!(f, "  evidence:  {evidence}")?;
+            writeln!(f, "  evidence:  {}", evidence.text)?;
         }
         if !self.same.is_empty() && self.ending != Ending::HostLost {
             writeln!(f, "  same end:  {} failed with the same last lines", ranks(&self.same))?;
@@ -78,6 +132,9 @@ impl fmt::Display for FailureReport {
             None => {
                 writeln!(f, "  full log:  none kept; --enable_each_rank_log DIR keeps one for each rank")?;
             }
+        }
+        if let Some(earlier) = &self.earlier {
+            writeln!(f, "  restarts:  {earlier}")?;
         }
         writeln!(f, "  exit code: {}", self.exit_code)?;
         if self.last_lines.is_empty() {
@@ -100,10 +157,12 @@ pub(crate) struct RankFacts {
     pub(crate) pid: i32,
     /// The last lines of its stderr.
     pub(crate) last_lines: Vec<String>,
-    /// What the kernel says, where it was killed.
-    pub(crate) evidence: Option<String>,
+    /// Whether memory was short, where that may have been.
+    pub(crate) evidence: Option<Evidence>,
     /// Its log file.
     pub(crate) log: Option<PathBuf>,
+    /// The step that it was in.
+    pub(crate) step: Option<u64>,
 }
 
 /// The report on a job that failed because of the rank `cause`. The watch counts ranks from 0; the first has the rank `first`.
@@ -121,6 +180,7 @@ pub(crate) fn compose(
         pid: of_cause.pid,
         ending,
         after: watch.failed_at(cause),
+        step: of_cause.step,
         evidence: of_cause.evidence,
         last_lines: of_cause.last_lines,
         same: Vec::new(),
@@ -129,7 +189,11 @@ pub(crate) fn compose(
         finished: Vec::new(),
         log: of_cause.log,
         exit_code,
+        earlier: None,
     };
+    // Ranks go in step; of those on a lost host nothing is known but what the others say.
+    report.step =
+        report.step.or_else(|| (0..watch.ranks().len()).filter_map(|index| facts(index).step).min());
     for (index, state) in watch.ranks().iter().enumerate().filter(|(index, _)| *index != cause) {
         let rank = first + index;
         match *state {
@@ -203,7 +267,8 @@ mod tests {
             pid: 77,
             ending: Ending::Signal(9),
             after: Duration::from_millis(12_340),
-            evidence: Some("no out-of-memory event seen".into()),
+            step: Some(7),
+            evidence: Some(Evidence { out_of_memory: false, text: "no out-of-memory event seen".into() }),
             last_lines: vec![],
             same: vec![],
             also: vec![(3, Ending::Code(1), "CommError: rank 1 is gone".into())],
@@ -211,10 +276,12 @@ mod tests {
             finished: vec![],
             log: None,
             exit_code: 137,
+            earlier: None,
         };
         insta::assert_snapshot!(report, @r"
             deepspeed: rank 1 failed: killed by signal 9 (SIGKILL)
               where:     host node, process 77, after 12.3 s
+              step:      7
               evidence:  no out-of-memory event seen
               followed:  rank 3 exited with code 1: CommError: rank 1 is gone
               ended:     ranks 0, 2, by the launcher because of this
@@ -232,6 +299,7 @@ mod tests {
             pid: 77,
             ending: Ending::Code(1),
             after: Duration::from_secs(4000),
+            step: None,
             evidence: None,
             last_lines: vec!["Traceback (most recent call last):".into(), "ValueError: no".into()],
             same: vec![1, 2, 3, 7],
@@ -240,7 +308,15 @@ mod tests {
             finished: vec![5],
             log: Some("logs/20260101000000_rank0.log".into()),
             exit_code: 1,
+            earlier: Some(Earlier {
+                attempts: vec![
+                    "host worker-2 was lost in step 4, after 9.0 s".into(),
+                    "rank 0 failed".into(),
+                ],
+                why: "--max_restarts=1 is used up".into(),
+            }),
         };
+        assert_eq!(report.summary(), "rank 0 on node exited with code 1, after 1 h 6 min: ValueError: no");
         insta::assert_snapshot!(report, @r"
             deepspeed: rank 0 failed: exited with code 1
               where:     host node, process 77, after 1 h 6 min
@@ -248,6 +324,9 @@ mod tests {
               ended:     rank 4, by the launcher because of this
               finished:  rank 5, before this
               full log:  logs/20260101000000_rank0.log
+              restarts:  1 restart; no further one: --max_restarts=1 is used up
+                attempt 1: host worker-2 was lost in step 4, after 9.0 s
+                attempt 2: rank 0 failed
               exit code: 1
               the end of its stderr:
               | Traceback (most recent call last):

@@ -77,7 +77,10 @@ pub(crate) fn resolve(
     let hosts = filter(args, &hosts, &place)?;
     let is_listed = surroundings.hostfile.is_some() || by_slurm && place.starts_with("the Slurm job");
     let hosts = count(args, surroundings, hosts, (has_gpus, is_listed), &place)?;
-    let several = hosts.len() > 1 || (args.force_multi && !is_here(&hosts[0].host, surroundings));
+    let elsewhere = !is_here(&hosts[0].host, surroundings);
+    // A Slurm job may have been asked for on a machine that is not part of it.
+    let by_job = is_listed && surroundings.hostfile.is_none();
+    let several = hosts.len() > 1 || ((args.force_multi || by_job) && elsewhere);
     if several && !args.no_ssh {
         return Ok(Resources::Hosts(hosts));
     }

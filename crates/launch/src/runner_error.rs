@@ -131,7 +131,22 @@ mod tests {
             late(true, "", "worker-2").unwrap(),
             late(true, away, "worker-2").unwrap(),
             late(false, "srun: job 7 queued and waiting for resources\n", "n1").unwrap(),
-        ].join("\n"));
+        ].join("\n"), @r#"
+        Open MPI refuses to run as root; give --launcher_args --allow-run-as-root if that is what you want (`mpirun has detected an attempt to run as root.`)
+        its name is not known; check the hostfile, or name it in ~/.ssh/config (`worker-1: ssh: Could not resolve hostname worker-1: Name or service not known`)
+        it does not let us in without a password; put your public key into its ~/.ssh/authorized_keys (`worker-10: Permission denied (publickey).`)
+        deepspeed is not installed where it is here, and not on its PATH; install it there, or give --venv_script (`pdsh@l: worker-1: ssh exited with exit code 127`)
+        n2 cannot reach the launcher (10.0.0.1:5: Connection refused); give its address as this host sees it with --launcher_addr
+        Slurm has no such nodes, or not as much on them (`srun: error: Unable to allocate resources: Requested node configuration is not available`)
+        the mpirun on PATH is that of another MPI (`[mpiexec@vm] match_arg: unrecognized argument bind-to`)
+        no agent has answered: mpirun was killed by signal 9 (SIGKILL)
+        no agent has answered: srun exited with code 0
+        mpirun was killed by signal 9 (SIGKILL), through which every host is reached
+        pdsh exited with code 255, through which every host is reached (`pdsh@login: worker-1: ssh exited with exit code 255`)
+        its agent runs but has not called back; give this machine's address as the host sees it with --launcher_addr
+        n2 cannot reach the launcher (10.0.0.1:5: Connection refused); give its address as this host sees it with --launcher_addr
+        no agent has answered (`srun: job 7 queued and waiting for resources`)
+        "#);
         assert_eq!(late(false, "", "n1"), None);
     }
 }

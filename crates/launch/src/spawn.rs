@@ -1,7 +1,7 @@
 //! The start of one rank: its own process group, tied to the launcher's life, its outputs piped.
 
 use crate::error::LaunchError;
-use crate::plan::{RankPlan, SECRET_VARIABLE};
+use crate::plan::RankPlan;
 use rustix::process::{Pid, Signal};
 use rustix::thread::CpuSet;
 use std::fs::File;
@@ -27,13 +27,13 @@ pub(crate) struct Started {
     pub(crate) stderr: File,
 }
 
-/// Starts a rank.
+/// Starts a rank; `private` variables are in no plan.
 ///
 /// Must be called on the thread that lives as long as the job: the kernel sends the parent-death signal when the *thread* that
 /// started the process ends.
 pub(crate) fn start(
     rank: &RankPlan,
-    secret: &str,
+    private: &[(&str, &str)],
     streams: Streams,
     launcher: Pid,
 ) -> Result<Started, LaunchError> {
@@ -47,7 +47,7 @@ pub(crate) fn start(
     command
         .args(&rank.command[1..])
         .envs(&rank.env)
-        .env(SECRET_VARIABLE, secret)
+        .envs(private.iter().copied())
         .stdin(streams.stdin)
         .stdout(stdout.1)
         .stderr(stderr.1)

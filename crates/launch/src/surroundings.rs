@@ -48,6 +48,8 @@ pub struct Surroundings {
     pub program: PathBuf,
     /// The environment, as far as it is text.
     pub environment: BTreeMap<String, String>,
+    /// Names of variables whose values are not text.
+    pub not_text: Vec<String>,
 }
 
 impl Surroundings {
@@ -56,6 +58,14 @@ impl Surroundings {
     /// # Errors
     /// A file that exists and cannot be read; an affinity mask that cannot be read.
     pub fn read(args: &LaunchArgs) -> Result<Self, LaunchError> {
+        let (mut environment, mut not_text) = (BTreeMap::new(), Vec::new());
+        for (name, value) in env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            match value.into_string() {
+                Ok(value) => drop(environment.insert(name, value)),
+                Err(_) => not_text.push(name),
+            }
+        }
         Ok(Self {
             hostfile: read_if_there("the hostfile cannot be read", &args.hostfile)?
                 .map(|text| (args.hostfile.clone(), text)),
@@ -67,9 +77,8 @@ impl Surroundings {
                 .collect(),
             folder: env::current_dir().unwrap_or_default(),
             program: env::current_exe().unwrap_or_else(|_| "deepspeed".into()),
-            environment: env::vars_os()
-                .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-                .collect(),
+            environment,
+            not_text,
             ..Self::of_host(args.bind_cores_to_rank)?
         })
     }

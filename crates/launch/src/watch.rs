@@ -33,14 +33,15 @@ pub(crate) struct Patience {
 }
 
 impl Default for Patience {
-    /// A failed job is over in at most 2.1 seconds, whatever its ranks do; an interrupted one has ten seconds to save its work.
+    /// A failed job is over in at most 2.1 seconds, whatever its ranks do; an interrupted one has seven seconds to save its work, so that
+    /// it is over within ten.
     fn default() -> Self {
         Self {
             settle: Duration::from_millis(100),
             settle_victim: Duration::from_millis(1000),
             terminate: Duration::from_millis(1100),
             echo: Duration::from_millis(300),
-            interrupt: Duration::from_secs(10),
+            interrupt: Duration::from_secs(7),
             stopped: Duration::from_secs(5),
         }
     }
@@ -509,8 +510,8 @@ mod tests {
     fn interrupt_then_patience_then_force() {
         let mut watch = Watch::new(1, Patience::default());
         assert_eq!(watch.on(ms(0), Event::Interrupted(2)), Some(Action::PassOn(2)));
-        assert_eq!(watch.on(ms(10_000), Event::Tick), Some(Action::Terminate));
-        assert_eq!(watch.on(ms(11_100), Event::Tick), Some(Action::Kill));
+        assert_eq!(watch.on(ms(7000), Event::Tick), Some(Action::Terminate));
+        assert_eq!(watch.on(ms(8100), Event::Tick), Some(Action::Kill));
         watch.on(ms(11_101), ended(0, Ending::Signal(9)));
         assert_eq!(watch.outcome().unwrap().exit_code(), 130);
     }
@@ -523,7 +524,7 @@ mod tests {
         assert_eq!(watch.on(ms(305), Event::Interrupted(2)), Some(Action::Kill));
         let mut watch = Watch::new(1, Patience::default());
         assert_eq!(watch.on(ms(0), Event::Interrupted(15)), Some(Action::PassOn(15)));
-        assert_eq!(watch.on(ms(10_000), Event::Tick), Some(Action::Kill));
+        assert_eq!(watch.on(ms(7000), Event::Tick), Some(Action::Kill));
         watch.on(ms(11_101), ended(0, Ending::Code(0)));
         assert_eq!(watch.outcome().unwrap().exit_code(), 143);
     }
@@ -576,7 +577,7 @@ mod tests {
             let mut killed = watch.phase == Phase::Killing;
             for _ in 0..4 {
                 if let Some(deadline) = watch.deadline() {
-                    prop_assert!(deadline <= ms(now) + ms(11_100));
+                    prop_assert!(deadline <= ms(now) + ms(8100));
                     killed |= watch.on(deadline, Event::Tick) == Some(Action::Kill);
                 }
             }

@@ -404,7 +404,6 @@ fn ranks_of_a_host_that_is_started_by_hand() {
           MASTER_PORT=29500
           OMP_NUM_THREADS=4
           WORLD_SIZE=4
-          DS_JOB_SECRET=(random, new for each job)
 
         rank 3
           LOCAL_RANK=0 RANK=3

@@ -43,7 +43,26 @@ fn words(line: &str, surroundings: &Surroundings) -> String {
 #[test]
 fn a_dry_run_shows_the_line_and_each_hosts_ranks() {
     let line = "-H hosts --launcher openmpi --num_gpus 1 --no_local_rank train.py";
-    insta::assert_snapshot!(resolved(line, &login_machine(&["mpirun"])).unwrap());
+    insta::assert_snapshot!(resolved(line, &login_machine(&["mpirun"])).unwrap(), @r#"
+        2 ranks on 2 hosts by openmpi: worker-1 (1), worker-2 (1)
+
+        every rank gets, in the folder /home/u
+          PYTHONPATH=/home/u
+          WORLD_SIZE=2 CROSS_SIZE=2
+          MASTER_ADDR=(address of worker-1, as the hosts reach it)
+          MASTER_PORT=(a free port of worker-1, chosen at the start)
+          DS_JOB_SECRET=(random, new for each job; sent through the connection)
+          and what its host decides: CUDA_VISIBLE_DEVICES where it has GPUs, OMP_NUM_THREADS, cores
+
+        an agent on each host is started by one line, and calls back at ADDRESS:PORT, which are this machine's; they and FINGERPRINT are new for each job
+          env SSH_ASKPASS=/bin/false SSH_ASKPASS_REQUIRE=force mpirun --bind-to none --host worker-1:1 -n 1 /bin/sh -c 'p='\''/my venv/bin/deepspeed'\''; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"' deepspeed __agent --connect ADDRESS:PORT --fingerprint FINGERPRINT --place 0 : --host worker-2:1 -n 1 /bin/sh -c 'p='\''/my venv/bin/deepspeed'\''; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"' deepspeed __agent --connect ADDRESS:PORT --fingerprint FINGERPRINT --place 1
+
+        host worker-1: slots 0
+          RANK=0 LOCAL_RANK=0 LOCAL_SIZE=1 CROSS_RANK=0: (the host's python) -u train.py
+
+        host worker-2: slots 0
+          RANK=1 LOCAL_RANK=0 LOCAL_SIZE=1 CROSS_RANK=1: (the host's python) -u train.py
+        "#);
 }
 
 #[test]
@@ -56,19 +75,98 @@ fn pdsh() {
     insta::assert_snapshot!(words(
         "-H hosts --launcher pdsh --ssh_port 2222 --launcher_args=-t5 train.py",
         &surroundings
-    ));
+    ), @r#"
+        env
+        SSH_ASKPASS=/bin/false
+        SSH_ASKPASS_REQUIRE=force
+        PDSH_RCMD_TYPE=ssh
+        PDSH_SSH_ARGS_APPEND=-F /my/config -p 2222 -oBatchMode=yes
+        pdsh
+        -S
+        -f
+        2
+        -t5
+        -w
+        worker-1,worker-2
+        exec /bin/sh -c 'p='\''/100%% mine/bin/deepspeed'\''; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"' deepspeed __agent --connect ADDRESS:PORT --fingerprint FINGERPRINT --place %n
+        "#);
 }
 
 #[test]
 fn openmpi() {
     let line = "-H hosts --launcher OpenMPI --ssh_port 2222 --venv_script activate --launcher_args=--allow-run-as-root train.py";
-    insta::assert_snapshot!(words(line, &login_machine(&["mpirun", "mpirun.openmpi"])));
+    insta::assert_snapshot!(words(line, &login_machine(&["mpirun", "mpirun.openmpi"])), @r#"
+        env
+        SSH_ASKPASS=/bin/false
+        SSH_ASKPASS_REQUIRE=force
+        mpirun.openmpi
+        --bind-to
+        none
+        --mca
+        plm_rsh_args
+        -p 2222
+        --allow-run-as-root
+        --host
+        worker-1:1
+        -n
+        1
+        /bin/sh
+        -c
+        . ./activate && exec deepspeed "$@"
+        deepspeed
+        __agent
+        --connect
+        ADDRESS:PORT
+        --fingerprint
+        FINGERPRINT
+        --place
+        0
+        :
+        --host
+        worker-2:1
+        -n
+        1
+        /bin/sh
+        -c
+        . ./activate && exec deepspeed "$@"
+        deepspeed
+        __agent
+        --connect
+        ADDRESS:PORT
+        --fingerprint
+        FINGERPRINT
+        --place
+        1
+        "#);
 }
 
 #[test]
 fn mpich() {
     let line = "-H hosts --launcher mpich --ssh_port 2222 --include worker-2:1 --force_multi train.py";
-    insta::assert_snapshot!(words(line, &login_machine(&["mpirun", "mpirun.mpich"])));
+    insta::assert_snapshot!(words(line, &login_machine(&["mpirun", "mpirun.mpich"])), @r#"
+        env
+        SSH_ASKPASS=/bin/false
+        SSH_ASKPASS_REQUIRE=force
+        HYDRA_LAUNCHER_EXTRA_ARGS=-p 2222
+        mpirun.mpich
+        -hosts
+        worker-2
+        -ppn
+        1
+        -n
+        1
+        /bin/sh
+        -c
+        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
+        deepspeed
+        __agent
+        --connect
+        ADDRESS:PORT
+        --fingerprint
+        FINGERPRINT
+        --place-from
+        PMI_RANK
+        "#);
 }
 
 #[test]
@@ -76,18 +174,91 @@ fn intel_mpi() {
     insta::assert_snapshot!(words(
         "-H hosts --launcher impi --ssh_port 2222 train.py",
         &login_machine(&["mpirun"])
-    ));
+    ), @r#"
+        env
+        SSH_ASKPASS=/bin/false
+        SSH_ASKPASS_REQUIRE=force
+        I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=0
+        I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS=-p 2222
+        mpirun
+        -hosts
+        worker-1,worker-2
+        -ppn
+        1
+        -n
+        2
+        -genv
+        I_MPI_PIN
+        0
+        /bin/sh
+        -c
+        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
+        deepspeed
+        __agent
+        --connect
+        ADDRESS:PORT
+        --fingerprint
+        FINGERPRINT
+        --place-from
+        PMI_RANK
+        "#);
 }
 
 #[test]
 fn mvapich() {
-    insta::assert_snapshot!(words("-H hosts --launcher mvapich train.py", &login_machine(&["mpirun"])));
+    insta::assert_snapshot!(words("-H hosts --launcher mvapich train.py", &login_machine(&["mpirun"])), @r#"
+        env
+        SSH_ASKPASS=/bin/false
+        SSH_ASKPASS_REQUIRE=force
+        mpirun
+        -hosts
+        worker-1,worker-2
+        -ppn
+        1
+        -n
+        2
+        /bin/sh
+        -c
+        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
+        deepspeed
+        __agent
+        --connect
+        ADDRESS:PORT
+        --fingerprint
+        FINGERPRINT
+        --place-from
+        PMI_RANK
+        "#);
 }
 
 #[test]
 fn slurm_with_a_hostfile() {
     let line = "-H hosts --launcher slurm --launcher_args=--comment=mine --ssh_port 7 train.py";
-    insta::assert_snapshot!(words(line, &login_machine(&["srun"])));
+    insta::assert_snapshot!(words(line, &login_machine(&["srun"])), @r#"
+        srun
+        --nodes=2
+        --ntasks=2
+        --ntasks-per-node=1
+        --nodelist=worker-1,worker-2
+        --mpi=none
+        --cpu-bind=none
+        --input=none
+        --kill-on-bad-exit=0
+        --wait=0
+        --cpus-per-task=4
+        --comment=mine
+        /bin/sh
+        -c
+        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
+        deepspeed
+        __agent
+        --connect
+        ADDRESS:PORT
+        --fingerprint
+        FINGERPRINT
+        --place-from
+        SLURMD_NODENAME
+        "#);
     let gpus = Surroundings { gpus: 4, ..login_machine(&["srun"]) };
     let text = words("-H hosts --launcher slurm --num_gpus 2 train.py", &gpus);
     assert!(text.contains("\n--gpus-per-node=2\n"), "{text}");
@@ -117,7 +288,30 @@ fn brief(line: &str, surroundings: &Surroundings) -> String {
 
 #[test]
 fn a_slurm_job_is_its_own_hostfile() {
-    insta::assert_snapshot!(words("--launcher slurm train.py", &job("n[01-02]", "2(x2)", None)));
+    insta::assert_snapshot!(words("--launcher slurm train.py", &job("n[01-02]", "2(x2)", None)), @r#"
+        srun
+        --nodes=2
+        --ntasks=2
+        --ntasks-per-node=1
+        --nodelist=n01,n02
+        --mpi=none
+        --cpu-bind=none
+        --input=none
+        --kill-on-bad-exit=0
+        --wait=0
+        --overlap
+        /bin/sh
+        -c
+        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
+        deepspeed
+        __agent
+        --connect
+        ADDRESS:PORT
+        --fingerprint
+        FINGERPRINT
+        --place-from
+        SLURMD_NODENAME
+        "#);
     insta::assert_snapshot!(
         [
             brief("--launcher slurm train.py", &job("n[01-03]", "2(x2),1", None)),
@@ -126,11 +320,31 @@ fn a_slurm_job_is_its_own_hostfile() {
             brief("--launcher slurm --exclude n02:0 train.py", &job("n[01-02]", "2(x2)", None)),
             brief("--launcher slurm --num_nodes 4 train.py", &job("n[01-03]", "8(x3)", None)),
             brief("--launcher slurm train.py", &job("n01", "2", None)),
+        brief("--launcher slurm train.py", &job("login", "2", None)),
             brief("--launcher slurm train.py", &job("n[01", "2", None)),
             brief("train.py", &job("n[01-02]", "2(x2)", None)),
         ]
-        .join("\n\n")
-    );
+        .join("\n\n"), @r#"
+        5 ranks on 3 hosts by slurm: n01 (2), n02 (2), n03 (1)
+
+        16 ranks on 2 hosts by slurm: n01 (8), n02 (8)
+
+        4 ranks on 2 hosts by slurm: n01 (2), n02 (2)
+
+        3 ranks on 2 hosts by slurm: n01 (2), n02 (1)
+
+        error: --num_nodes=4, but the Slurm job (SLURM_JOB_NODELIST) names only 3
+
+        2 ranks on 1 host by slurm: n01 (2)
+
+        2 ranks on login (4 CPU cores), meeting at 127.0.0.1:(free port)
+        note: without effect on one host: --launcher
+
+        error: SLURM_JOB_NODELIST: the Slurm list `n[01` cannot be read: a bracket does not close
+
+        4 ranks on localhost (4 CPU cores), meeting at 127.0.0.1:(free port)
+        note: this Slurm job has 2 hosts: using this machine only; --launcher slurm uses all of them
+        "#);
 }
 
 #[test]
@@ -150,8 +364,24 @@ fn refusals() {
             brief("-H hosts --launcher impi --launcher_args=' train.py", &hosts("a", &["mpirun"])),
             brief("-H hosts --launcher_addr 10.0.0.1 train.py", &hosts("a", &["ssh"])),
         ]
-        .join("\n\n")
-    );
+        .join("\n\n"), @r#"
+        error: the host 'ssh:a' cannot be reached by pdsh: a name has letters, digits and any of . - _ @, and does not begin with a dash
+
+        error: the host 'a[1-3]' cannot be reached by pdsh: a name has letters, digits and any of . - _ @, and does not begin with a dash
+
+        2 ranks on 2 hosts by pdsh: u@a (1), b (1)
+
+        error: the host 'u@a' cannot be reached by openmpi: a name has letters, digits and any of . - _, and does not begin with a dash
+
+        error: the host '$(reboot)' cannot be reached by slurm: a name has letters, digits and any of . - _, and does not begin with a dash
+
+        error: launcher 'mpich' not installed: no folder of PATH has `mpirun`; load its module or put its bin folder on PATH, or leave --launcher out, and each host is reached by ssh
+
+        error: --launcher_args=`'`: the quote at column 1 does not end
+
+        2 ranks on 2 hosts by ssh: a (1), b (1)
+        note: without effect by ssh, where every host must answer before a rank is started: --launcher_addr
+        "#);
 }
 
 /// Reads a line as a POSIX shell splits it into words: `None` where it would do anything else.

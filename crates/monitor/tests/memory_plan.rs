@@ -11,6 +11,7 @@ const MIB: u64 = 1 << 20;
 fn facts(dtype: DType, count: u64, stage: u8, world: u64) -> Facts {
     Facts {
         checkpoint_copy: false,
+        sub_group: u64::MAX,
         params: ParamCounts {
             trainable: Elements::of(dtype, count),
             frozen: Elements::default(),
@@ -128,6 +129,12 @@ fn offload_moves_bytes_between_tiers_and_loses_none() {
     let mut pipelined = nvme;
     pipelined.offload_optimizer.pipeline_read = true;
     assert_eq!(Plan::new(&pipelined).at(Kind::OffloadBuffers, Tier::Host).per_rank, (4 * 4 + 1) * 50 * 4);
+    let cut = Facts { stage: 3, sub_group: 20, ..pipelined };
+    assert_eq!(
+        Plan::new(&cut).at(Kind::OffloadBuffers, Tier::Host).per_rank,
+        (4 * 4 * 20 + 50) * 4,
+        "in pieces"
+    );
 }
 
 #[test]
@@ -147,8 +154,12 @@ fn parameters_on_nvme_leave_a_window() {
     assert_eq!(plan.kind(Kind::GatheredWeights), Amount { per_rank: 200, per_host: 400 }, "two units");
     assert_eq!(plan.kind(Kind::OffloadBuffers), Amount::default(), "the file is mapped");
     let apart = Plan::new(&Facts { shared_memory: false, ..facts });
-    let own = Amount { per_rank: 1000, per_host: 2000 };
-    assert_eq!(apart.at(Kind::Weights, Tier::Host), own, "a rank's own shards stay in memory");
+    assert_eq!(apart.at(Kind::Weights, Tier::Nvme), Amount { per_rank: 1000, per_host: 2000 }, "a file each");
+    assert_eq!(
+        apart.at(Kind::Weights, Tier::Host),
+        Amount { per_rank: 200, per_host: 400 },
+        "two units' shards"
+    );
     assert_eq!(
         apart.kind(Kind::GatheredWeights),
         Amount { per_rank: 300, per_host: 600 },
@@ -184,6 +195,7 @@ prop_compose! {
     ) -> Facts {
         Facts {
             checkpoint_copy: false,
+            sub_group: u64::MAX,
             params: ParamCounts { trainable, frozen, largest_unit },
             stage,
             world: hosts * ranks_per_host,

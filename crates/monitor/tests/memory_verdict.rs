@@ -14,6 +14,7 @@ const GIB: u64 = 1 << 30;
 fn billion(stage: u8, world: u64) -> Facts {
     Facts {
         checkpoint_copy: false,
+        sub_group: u64::MAX,
         params: ParamCounts {
             trainable: Elements::of(DType::BF16, 1_000_000_000),
             frozen: Elements::default(),

@@ -52,11 +52,6 @@ impl PyConfig {
         json::node_to_python(py, self.config.document().root())
     }
 
-    /// What the config asks for that the engine cannot do on an accelerator: (setting, what it needs).
-    fn unbuilt_on_a_device(&self) -> Vec<(&'static str, &'static str)> {
-        deepspeed_engine::unbuilt_on_a_device(&self.config)
-    }
-
     /// `(train_batch_size, micro batch size, accumulation steps)` for `world` data-parallel ranks; `world_origin` says
     /// where that number came from.
     fn resolve_batch(&self, world: usize, world_origin: &str) -> PyResult<(usize, usize, usize)> {

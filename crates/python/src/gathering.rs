@@ -15,6 +15,7 @@ use crate::{
     device::TorchDevice,
     engine::{PyEngine, on_host},
     enter::enter,
+    errors::IntoPyErr,
     group::PyGroup,
     tensors::{TensorArg, torch_dtype},
 };
@@ -292,6 +293,7 @@ impl PyGathering {
         if let Some(device) = &self.device {
             device.gather_unit(py, index, unit.flat.bind(py))?;
             self.early.push(index);
+            self.engine.borrow(py).engine.give_back_unit(index).map_err(IntoPyErr::into_py_err)?;
         } else {
             let mut engine = self.engine.borrow_mut(py);
             let target = TensorArg::read(unit.flat.bind(py), &unit.name)?;
@@ -400,8 +402,8 @@ fn load_weight(
     let mut on_device = false;
     if let Some(device) = &engine.device {
         device.load_weight(py, number, whole)?;
-        if engine.engine.state_on_device() {
-            return Ok(());
+        if !engine.engine.state_on_host() {
+            return engine.engine.give_back_units().map_err(IntoPyErr::into_py_err);
         }
         on_device = true;
     }

@@ -1,6 +1,6 @@
 //! The memory plan of a run: judged before its memory is taken, and compared with what is taken.
 
-use deepspeed_config::Config;
+use deepspeed_config::{Config, OffloadDevice};
 use deepspeed_core::Rank;
 use deepspeed_engine::{Engine, EngineError};
 use deepspeed_monitor::memory::{
@@ -50,6 +50,10 @@ impl MemoryPlan {
         facts.accelerator = device_memory.is_some();
         facts.state_tensors = state_tensors as u64;
         facts.whole_state = engine.client_sees_whole();
+        if facts.offload_optimizer.device == OffloadDevice::Nvme && engine.offload_summary().is_none() {
+            // Without an optimizer nothing is streamed.
+            facts.offload_optimizer.device = OffloadDevice::None;
+        }
         let nvme = config.zero.offload_optimizer.nvme_path.as_deref();
         let mut free = Free::of_this_host(nvme.or(config.zero.offload_param.nvme_path.as_deref()));
         free.device = device_memory.map(|bytes| Limit::given(bytes, "what torch says is free there"));

@@ -33,7 +33,7 @@ mod use_order;
 pub use accumulator::LocalAccumulator;
 pub use error::ZeroError;
 pub use module_units::{Gathers, ModuleFacts, gathering_modules};
-pub use offloaded::{OffloadPlan, OffloadedState, StreamedUnit};
+pub use offloaded::{OffloadPlan, OffloadedState, Passage, StreamedUnit, units_within};
 pub use policy::{Policy, ReduceAt, Residency, Stage};
 pub use publish::{
     AlreadyUpdated, Publication, Run, RunMemory, ShardUpdate, Weights, gather_gradients, unit_name,

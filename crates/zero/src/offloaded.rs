@@ -15,17 +15,45 @@ use deepspeed_offload::{Access, Depth, Item, Lane, OffloadError, Options, Region
 /// A unit whose fp32 weights are its masters has an empty lane 0.
 const MASTER: usize = 0;
 
-/// A unit's memory while it streams through.
+/// The memory of a unit, or of a piece of its shard, while it streams through.
 #[derive(Debug)]
 pub struct StreamedUnit<'a> {
     /// The unit's index.
     pub unit: usize,
+    /// The first element inside the shard.
+    pub start: usize,
     /// Its masters, unless its weights are.
     pub master: Option<&'a mut [f32]>,
     /// The optimizer's state.
     pub state: Vec<&'a mut [f32]>,
-    /// Its reduced gradients; empty where the pass leaves them on the disk. What is written here is lost.
+    /// Its reduced gradients; empty where the pass leaves them on the disk.
     pub gradient: &'a mut [f32],
+}
+
+/// What a pass over the units on the disk moves through memory. What it only reads may be written to, and is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passage {
+    /// Masters and state, there and back.
+    State,
+    /// Masters and state, there and back; gradients are read.
+    Update,
+    /// The first half of an update that looks at whole parameters: masters are read; state there and back, and so are
+    /// gradients, in whose place the direction of each element is left.
+    Directions,
+    /// The second half: masters there and back; directions are read, the state stays on the disk.
+    Steps,
+}
+
+impl Passage {
+    /// What is done with masters, state tensors, gradients; `None` for what stays on the disk.
+    fn access(self) -> [Option<Access>; 3] {
+        match self {
+            Self::State => [Some(Access::Update), Some(Access::Update), None],
+            Self::Update => [Some(Access::Update), Some(Access::Update), Some(Access::Read)],
+            Self::Directions => [Some(Access::Read), Some(Access::Update), Some(Access::Update)],
+            Self::Steps => [Some(Access::Update), None, Some(Access::Read)],
+        }
+    }
 }
 
 /// How much lies on a disk, where, and how it moves.
@@ -35,6 +63,8 @@ pub struct OffloadPlan<'a> {
     pub folder: &'a Path,
     /// The part of the elements, 0 to 1, whose state lies there; whole units, the first ones of the layout.
     pub ratio: f64,
+    /// The most elements of a shard that are in memory as one piece; a shard is never cut where this is none.
+    pub piece_len: Option<usize>,
     /// How the file is read and written.
     pub options: Options,
     /// How far reading and writing run apart from the update.
@@ -49,9 +79,10 @@ pub struct OffloadedState {
     stream: Mutex<Stream>,
     /// One per unit that lies here, in the order of the layout; `tag` is the unit's index.
     items: Vec<Item>,
-    /// The same, without the gradients.
-    items_of_state: Vec<Item>,
-    access: Vec<Access>,
+    /// State tensors.
+    states: usize,
+    /// The most elements that move at a time.
+    piece_len: usize,
     buffer_bytes: usize,
 }
 
@@ -61,38 +92,26 @@ impl OffloadedState {
     /// # Errors
     /// As [`Store::create`]: the folder does not serve, or has too little space.
     pub fn create(plan: &OffloadPlan<'_>, layout: &Layout, states: usize) -> Result<Self, OffloadError> {
-        let wanted = plan.ratio * layout.numel() as f64;
-        let mut moved = 0.0;
-        let units: Vec<&Unit> = layout
-            .units
-            .iter()
-            .take_while(|unit| {
-                let before = moved;
-                moved += unit.filled as f64;
-                before < wanted
-            })
-            .collect();
+        let units = &layout.units[..units_within(layout, plan.ratio)];
         let lanes_of = |unit: &Unit| {
             let master = if unit.dtype == DType::F32 { 0 } else { unit.shard_len };
             std::iter::once(master).chain(std::iter::repeat_n(unit.shard_len, states + 1))
         };
-        let bytes =
-            units.iter().flat_map(|unit| lanes_of(unit)).map(|len| Store::bytes_of(len, DType::F32)).sum();
+        let bytes = units.iter().flat_map(lanes_of).map(|len| Store::bytes_of(len, DType::F32)).sum();
         let store = Store::create(plan.folder, bytes, &plan.options)?;
         let mut items = Vec::with_capacity(units.len());
-        for unit in &units {
+        for unit in units {
             let regions: Vec<Region> =
                 lanes_of(unit).map(|len| store.allocate(len, DType::F32)).collect::<Result<_, _>>()?;
             items.push(Item::whole(unit.id.index(), &regions));
         }
-        let longest = |lane: usize| items.iter().map(|item| item.regions[lane].len()).max().unwrap_or(0);
-        let items_of_state = items.iter().map(without_gradient).collect();
+        let piece_len = plan.piece_len.unwrap_or(usize::MAX);
+        let pieces = || items.iter().flat_map(|item| cut(item, piece_len));
+        let longest = |lane: usize| pieces().map(|piece| piece.regions[lane].len()).max().unwrap_or(0);
         let lanes: Vec<Lane> = (0..states + 2).map(|lane| Lane::f32(longest(lane))).collect();
         let stream = Stream::new(&store, &lanes, plan.depth);
         let buffer_bytes = stream.buffer_bytes();
-        let mut access = vec![Access::Update; states + 1];
-        access.push(Access::Read);
-        Ok(Self { store, stream: Mutex::new(stream), items, items_of_state, access, buffer_bytes })
+        Ok(Self { store, stream: Mutex::new(stream), items, states, piece_len, buffer_bytes })
     }
 
     /// Where the state lies and how it moves, in one line.
@@ -110,30 +129,40 @@ impl OffloadedState {
         self.items.get(unit.index()).is_some_and(|item| item.tag == unit.index())
     }
 
-    /// Streams the state of all units that lie here through memory, in the order of the layout, and `with_gradients` the
-    /// gradients that [`OffloadedState::park_gradient`] has put there. What `work` leaves in masters and state is written
-    /// back.
+    /// Streams what `passage` says of all units that lie here through memory, in the order of the layout; the gradients are
+    /// those that [`OffloadedState::park_gradient`] has put there.
     ///
     /// # Errors
     /// What `work` says, and [`OffloadError`].
     pub fn update<E: From<OffloadError>>(
         &mut self,
-        with_gradients: bool,
+        passage: Passage,
         mut work: impl FnMut(StreamedUnit<'_>) -> Result<(), E>,
     ) -> Result<Traffic, E> {
+        let lanes = self.by_lane(passage.access());
+        let items = self.items.iter().flat_map(|item| cut(item, self.piece_len));
+        let items: Vec<Item> = items.map(|piece| moved(&piece, &lanes)).collect();
+        // Nothing moves in a lane that stays on the disk, whatever the access.
+        let access: Vec<Access> = lanes.into_iter().map(|access| access.unwrap_or(Access::Read)).collect();
         let stream = self.stream.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let items = if with_gradients { &self.items } else { &self.items_of_state };
-        let mut pass = stream.pass(items, &self.access)?;
+        let mut pass = stream.pass(&items, &access)?;
         while let Some(mut item) = pass.load_next()? {
-            let unit = item.item().tag;
+            let (unit, start) = (item.item().tag, item.item().start);
             let mut lanes = item.f32_slices();
             let gradient = lanes.pop().unwrap_or_default();
             let mut lanes = lanes.into_iter();
             let master = lanes.next().filter(|master| !master.is_empty());
-            work(StreamedUnit { unit, master, state: lanes.collect(), gradient })?;
+            let state = lanes.filter(|state| !state.is_empty()).collect();
+            work(StreamedUnit { unit, start, master, state, gradient })?;
             item.write_back()?;
         }
         Ok(pass.finish()?)
+    }
+
+    /// Masters, state tensors and gradients as lanes.
+    fn by_lane<T: Copy>(&self, [master, state, gradient]: [T; 3]) -> Vec<T> {
+        let states = std::iter::repeat_n(state, self.states);
+        std::iter::once(master).chain(states).chain(std::iter::once(gradient)).collect()
     }
 
     /// Moves the reduced gradients of `unit` from memory to the disk; `gradient` takes no memory afterwards and is zero.
@@ -196,11 +225,37 @@ impl OffloadedState {
     }
 }
 
-/// `item` with nothing to move in the gradient's lane.
-fn without_gradient(item: &Item) -> Item {
-    let mut regions = item.regions.clone();
-    if let Some(gradient) = regions.last_mut() {
-        *gradient = gradient.slice(0, 0);
-    }
-    Item::whole(item.tag, &regions)
+/// `item` in pieces of at most `len` elements; lanes without elements have none in any piece.
+fn cut(item: &Item, len: usize) -> Vec<Item> {
+    let filled: Vec<Region> = item.regions.iter().filter(|region| !region.is_empty()).copied().collect();
+    let pieces = Item::cut(item.tag, &filled, len);
+    let with_empty = |piece: Item| {
+        let mut cut = piece.regions.into_iter();
+        let regions = item.regions.iter().map(|region| {
+            let part = if region.is_empty() { None } else { cut.next() };
+            part.unwrap_or_else(|| region.slice(0, 0))
+        });
+        Item { tag: piece.tag, start: piece.start, regions: regions.collect() }
+    };
+    pieces.map(with_empty).collect()
+}
+
+/// `item` with nothing to move in lanes without access.
+fn moved(item: &Item, access: &[Option<Access>]) -> Item {
+    let lanes = item.regions.iter().zip(access);
+    let regions: Vec<Region> =
+        lanes.map(|(region, access)| if access.is_some() { *region } else { region.slice(0, 0) }).collect();
+    Item { tag: item.tag, start: item.start, regions }
+}
+
+/// How many units, the first ones of `layout`, make up the part `ratio` (0 to 1) of its elements.
+pub fn units_within(layout: &Layout, ratio: f64) -> usize {
+    let wanted = ratio * layout.numel() as f64;
+    let mut before = 0.0;
+    let reaches = |unit: &&Unit| {
+        let reached = before < wanted;
+        before += unit.filled as f64;
+        reached
+    };
+    layout.units.iter().take_while(reaches).count()
 }

@@ -6,7 +6,7 @@ use deepspeed_comm::{CommError, Group, PiecesMut};
 use deepspeed_core::{AlignedBuffer, DType, Layout, ParamId, Rank, SpanMut, Unit, UnitId};
 use deepspeed_kernels::parallel::Workers;
 
-use crate::{OffloadedState, StreamedUnit, UnitShard, ZeroError};
+use crate::{OffloadedState, Passage, StreamedUnit, UnitShard, ZeroError};
 
 /// Consecutive elements of a shard that share an optimizer parameter group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +42,12 @@ pub trait ShardUpdate: Sync {
     /// Whether neighbouring parameters of one group may be updated as one run. False for an optimizer that needs to
     /// know where parameters begin.
     fn merges_params(&self) -> bool;
+
+    /// What it needs of units whose masters and state lie on a disk: [`Passage::Steps`] for the second half of an update in
+    /// two, which gets no state then.
+    fn passage(&self) -> Passage {
+        Passage::Update
+    }
 
     /// Updates `memory.master` and writes the result to `memory.out` too.
     fn update(&self, run: Run, memory: RunMemory<'_>);
@@ -137,8 +143,10 @@ impl<'a> UnitWeights<'a> {
     }
 }
 
-/// A shard in memory while it is updated, wherever it lies between steps.
+/// A shard, or a piece of it, in memory while it is updated, wherever it lies between steps.
 struct ShardView<'a> {
+    /// The first element inside the shard.
+    start: usize,
     gradient: &'a mut [f32],
     /// `None` where the weights are the masters.
     master: Option<&'a mut [f32]>,
@@ -155,12 +163,14 @@ pub struct Publication<'a> {
     pub update: &'a dyn ShardUpdate,
     /// The threads of this rank.
     pub workers: &'a Workers,
+    /// How many units, the first ones, are updated here; a device has the others.
+    pub count: usize,
     /// Hears of each unit that is done.
     pub updated: &'a dyn Fn(UnitId) -> Result<(), CommError>,
 }
 
 impl Publication<'_> {
-    /// Updates the caller's shard of every unit, and with it the `weights` of every rank that has whole ones. `offloaded` has
+    /// Updates the caller's shard of every unit that is updated here, and with it the `weights` of every rank that has whole ones. `offloaded` has
     /// the masters and state of the first units, if any lie on a disk.
     ///
     /// With one worker, update and exchange are one pass over memory. With more, and in a world of one, the workers update
@@ -176,14 +186,20 @@ impl Publication<'_> {
     ) -> Result<(), ZeroError> {
         let mut next = 0;
         if let Some(offloaded) = offloaded {
-            offloaded.update(true, |StreamedUnit { unit, master, state, gradient }| {
+            offloaded.update(self.update.passage(), |memory| {
+                let StreamedUnit { unit, start, master, state, gradient } = memory;
                 next = unit + 1;
-                self.unit(&self.layout.units[unit], &mut ShardView { gradient, master, state }, weights)
+                self.unit(
+                    &self.layout.units[unit],
+                    &mut ShardView { start, gradient, master, state },
+                    weights,
+                )
             })?;
         }
-        for unit in &self.layout.units[next..] {
+        for unit in self.layout.units.iter().take(self.count).skip(next) {
             let UnitShard { gradient, master, state, .. } = &mut shards[unit.id.index()];
             let mut view = ShardView {
+                start: 0,
                 gradient: gradient.as_f32_mut(),
                 master: master.as_mut().map(AlignedBuffer::as_f32_mut),
                 state: state.iter_mut().map(AlignedBuffer::as_f32_mut).collect(),
@@ -199,7 +215,7 @@ impl Publication<'_> {
         shard: &mut ShardView<'_>,
         weights: &mut Weights<'_, '_>,
     ) -> Result<(), ZeroError> {
-        let Self { group, layout, update, workers, updated } = *self;
+        let Self { group, layout, update, workers, updated, .. } = *self;
         let alone = group.world() == 1 || matches!(weights, Weights::Shards(_));
         let own_range = unit.shard(group.rank());
         let mut parts = UnitWeights::of(unit, &own_range, weights);
@@ -211,7 +227,8 @@ impl Publication<'_> {
             }
         }
         if alone {
-            return Ok(updated(unit.id)?);
+            let whole = shard.start + shard.gradient.len() == unit.shard_len;
+            return if whole { Ok(updated(unit.id)?) } else { Ok(()) };
         }
         let already = workers.threads() > 1;
         let mut output = PiecesMut { len: unit.len(), runs: parts.others };
@@ -250,7 +267,7 @@ fn by_param<'r, 'a>(
     })
 }
 
-/// Updates one run on all workers; `own` is the memory of its weights.
+/// Updates what `shard` has of one run on all workers; `own` is the memory of the run's weights.
 fn update_run(
     run: Run,
     shard: &mut ShardView<'_>,
@@ -258,11 +275,18 @@ fn update_run(
     update: &dyn ShardUpdate,
     workers: &Workers,
 ) {
-    let part = run.start..run.start + run.len;
+    let here = shard.start..shard.start + shard.gradient.len();
+    let (first, end) = (run.start.max(here.start), (run.start + run.len).min(here.end));
+    if first >= end {
+        return;
+    }
+    let mut own = own.slice_mut(first - run.start, end - first);
+    let run = Run { start: first, len: end - first, ..run };
+    let part = first - here.start..end - here.start;
     let gradient = &mut shard.gradient[part.clone()];
     let state: Vec<&mut [f32]> = shard.state.iter_mut().map(|tensor| &mut tensor[part.clone()]).collect();
     let (master, out) = match &mut shard.master {
-        Some(master) => (&mut master[part], Some(own.slice_mut(0, run.len))),
+        Some(master) => (&mut master[part], Some(own)),
         None => (own.as_f32_mut().expect("invariant: masters in place are fp32"), None),
     };
     workers.map_chunks((master, gradient, state, out), |(master, gradient, state, out)| {

@@ -1,5 +1,7 @@
 //! What a rank keeps of one unit.
 
+use std::ops::Range;
+
 use deepspeed_core::{AlignedBuffer, DType, ParamId, Rank, Span, Unit};
 
 /// A rank's shard of one unit: reduced gradients, fp32 masters, optimizer state. All `shard_len` elements of fp32.
@@ -49,7 +51,7 @@ impl UnitShard {
     /// If a parameter of the unit is missing from `params` or has another length than the layout says.
     pub fn load_master(&mut self, unit: &Unit, rank: Rank, params: &[Span<'_>]) {
         if let Some(master) = &mut self.master {
-            fill_master(master.as_f32_mut(), unit, rank, params);
+            fill_master(master.as_f32_mut(), unit, unit.shard(rank), params);
         }
     }
 
@@ -60,7 +62,7 @@ impl UnitShard {
     /// As [`UnitShard::load_master`].
     pub fn update_master(&mut self, unit: &Unit, rank: Rank, params: &[ParamId], weights: &[Span<'_>]) {
         if let Some(master) = &mut self.master {
-            refresh_master(master.as_f32_mut(), unit, rank, params, weights);
+            refresh_master(master.as_f32_mut(), unit, unit.shard(rank), params, weights);
         }
     }
 
@@ -75,29 +77,33 @@ impl UnitShard {
     }
 }
 
-/// Sets `rank`'s masters of `unit` from whole parameters of any dtype, by parameter id.
+/// Sets the masters of the elements `range` of `unit` from whole parameters of any dtype, by parameter id.
 ///
 /// # Panics
 /// If a parameter of the unit is missing from `params` or has another length than the layout says.
-pub fn fill_master(master: &mut [f32], unit: &Unit, rank: Rank, params: &[Span<'_>]) {
-    let shard = unit.shard(rank);
-    for fragment in unit.fragments(shard.clone()) {
+pub fn fill_master(master: &mut [f32], unit: &Unit, range: Range<usize>, params: &[Span<'_>]) {
+    for fragment in unit.fragments(range.clone()) {
         let source = params[fragment.param.index()].slice(fragment.param_offset, fragment.len);
-        let start = fragment.unit_offset - shard.start;
+        let start = fragment.unit_offset - range.start;
         deepspeed_kernels::cast(source, (&mut master[start..start + fragment.len]).into());
     }
 }
 
-/// Sets `rank`'s masters of `params` in `unit` from their whole `weights`, by parameter id, but for those that round to
-/// their weight already: these keep the precision that the weight lacks.
+/// Sets the masters of `params` among the elements `range` of `unit` from their whole `weights`, by parameter id, but for
+/// those that round to their weight already: these keep the precision that the weight lacks.
 ///
 /// # Panics
 /// As [`fill_master`].
-pub fn refresh_master(master: &mut [f32], unit: &Unit, rank: Rank, params: &[ParamId], weights: &[Span<'_>]) {
-    let shard = unit.shard(rank);
-    for fragment in unit.fragments(shard.clone()).filter(|fragment| params.contains(&fragment.param)) {
+pub fn refresh_master(
+    master: &mut [f32],
+    unit: &Unit,
+    range: Range<usize>,
+    params: &[ParamId],
+    weights: &[Span<'_>],
+) {
+    for fragment in unit.fragments(range.clone()).filter(|fragment| params.contains(&fragment.param)) {
         let source = weights[fragment.param.index()].slice(fragment.param_offset, fragment.len);
-        let start = fragment.unit_offset - shard.start;
+        let start = fragment.unit_offset - range.start;
         let master = &mut master[start..start + fragment.len];
         let mut rounded = AlignedBuffer::zeroed(fragment.len, source.dtype());
         deepspeed_kernels::cast((&*master).into(), rounded.span_mut());

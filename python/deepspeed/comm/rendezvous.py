@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from deepspeed import _native
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.job_store import job_secret, job_store
 from deepspeed.utils.logging import logger
 
 # torch's own; DEEPSPEED_TIMEOUT (minutes) takes its place when it is set at the time of the call.
@@ -77,6 +78,10 @@ def init_distributed(
     if verbose:
         logger.info("initialising torch.distributed with backend %s (%s)", backend, who.source if who else "arguments")
     try:
+        if who is not None and who.master_addr is not None and (secret := job_secret()) is not None:
+            patience = options["timeout"] or default_pg_timeout
+            meeting = job_store(secret, who.rank, who.world_size, who.master_addr, who.master_port, patience)
+            options |= {"store": meeting, "rank": who.rank, "world_size": who.world_size}
         dist.init_process_group(**options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _explain(error) from error

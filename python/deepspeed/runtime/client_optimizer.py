@@ -197,13 +197,10 @@ def _read(loaded: _native.LoadedCheckpoint, name: str, kind: str, offset: int, t
 def _shards(native: _native.Engine) -> Iterator[tuple[int, int, int, torch.Tensor, torch.Tensor | None]]:
     """Per fragment of a parameter in this rank's shards: its index, first element and length, gradients and masters, or
     None where the parameter's own memory is the master."""
-    on_device = native.client_tensors()
-    if on_device is not None:
-        yield from on_device
-        return
     for index, offset, length, gradient, master in native.client_shards():
         masters = None if master is None else _floats(master, length, native)
         yield index, offset, length, _floats(gradient, length, native), masters
+    yield from native.client_tensors() or ()
 
 
 def _floats(address: int, length: int, owner: _native.Engine) -> torch.Tensor:

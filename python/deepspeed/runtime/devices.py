@@ -8,8 +8,6 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from deepspeed._features import not_built
-from deepspeed._native import Config
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.rendezvous import explicit_backend
 
@@ -55,13 +53,6 @@ def take_to(module: torch.nn.Module, device: torch.device, stage: int) -> None:
     for p in module.parameters():
         if p.numel() == 0 or p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             p.data = p.data.to(device)
-
-
-def check_settings(config: Config, device: torch.device | None) -> None:
-    """Raises FeatureNotBuiltError for what the engine cannot do on an accelerator."""
-    if device is not None:
-        for used, feature in config.unbuilt_on_a_device():
-            not_built(used, feature)
 
 
 def on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

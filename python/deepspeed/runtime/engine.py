@@ -21,7 +21,7 @@ from deepspeed.runtime import process_group
 from deepspeed.runtime.agreement import check_agreement
 from deepspeed.runtime.carried_state import describe_state
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.devices import check_settings, choose_device, moves_memory_of, take_to, torch_device
+from deepspeed.runtime.devices import choose_device, moves_memory_of, take_to, torch_device
 from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
 from deepspeed.runtime.engine_states import StateMethods
@@ -90,7 +90,6 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         native_config = self._config.native
         self._trained = TrainedParameters(model)
         self.device = choose_device(model)
-        check_settings(native_config, torch_device(self.device))
         self._broadcast_model(group)
         if self._config.zero_optimization_stage < 3:
             unshare_drafts(model)
@@ -307,9 +306,9 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         assert not self._without_sync, "step() inside no_sync(): gradients are not reduced there; step after it"
         if self.optimizer is None:
             if self._gather_hooks is not None:
-                not_built(
-                    "engine.step() without an optimizer at ZeRO stage 3 where weights are gathered",
-                    "gradients of weights that are not whole",
+                raise RuntimeError(
+                    "engine.step() without an optimizer leaves the averaged gradients on the parameters, and at ZeRO stage "
+                    "3, where weights are gathered, these are empty between steps: give an optimizer, or use a stage below 3"
                 )
             report = self._native.step_without_optimizer()
         else:
@@ -436,15 +435,15 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         return self._native.batch()
 
     def module_state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """The module's state dict, in the dtype it computes in."""
-        if self._gather_hooks is None:
+        """The module's state dict, in the dtype it computes in. With `keep_vars` the parameters themselves, which at stage 3
+        may be whole only within `zero.GatheredParameters`."""
+        if self._gather_hooks is None or keep_vars:
             return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if destination is not None or keep_vars:
-            not_built(
-                "engine.module_state_dict(destination=..., keep_vars=True) at ZeRO stage 3 where weights are gathered",
-                "a state dict of parameters that are not whole",
-            )
-        return whole_state_dict(self.module, prefix)
+        state = whole_state_dict(self.module, prefix)
+        if destination is None:
+            return state
+        destination.update(state)
+        return destination
 
     def load_module_state_dict(
         self, checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Callable[..., Any] | None = None

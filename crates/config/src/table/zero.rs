@@ -132,12 +132,11 @@ pub(super) const SETTINGS: &[Setting] = &[
         "master weights restored from 16-bit weights",
         NonDefault,
     ),
-    no_effect(
+    built(
         "zero_optimization.sub_group_size",
         Kind::POSITIVE,
         "1000000000",
-        "The elements an offloaded or stage-3 optimizer updates in one piece.",
-        "the update runs unit by unit",
+        "The most elements of a rank's part of a unit that stream between nvme and the update in one piece (stage 3).",
     ),
     no_effect(
         "zero_optimization.pipeline_loading_checkpoint",

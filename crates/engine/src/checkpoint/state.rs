@@ -40,6 +40,7 @@ impl Engine {
         }
         self.accumulation.set_micro_steps(self.counters.micro_steps);
         self.restart_window();
+        self.tell_progress();
         Ok(())
     }
 }

@@ -82,6 +82,7 @@ impl Zero2 {
             offload_optimizer: OffloadOptimizerConfig { device, ..OffloadOptimizerConfig::default() },
             offload_param: OffloadParamConfig::default(),
             checkpoint_copy: false,
+            sub_group: u64::MAX,
         }
     }
 

@@ -131,6 +131,9 @@ pub struct Facts {
     pub offload_param: OffloadParamConfig,
     /// Whether checkpoints are written behind training, from a copy.
     pub checkpoint_copy: bool,
+    /// Stage 3: elements of a rank's part of a unit that stream between a disk and the update at a time
+    /// (`sub_group_size`).
+    pub sub_group: u64,
 }
 
 impl Facts {

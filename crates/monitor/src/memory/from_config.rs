@@ -34,6 +34,7 @@ impl Facts {
             offload_optimizer: zero.offload_optimizer.clone(),
             offload_param: zero.offload_param.clone(),
             checkpoint_copy: config.checkpoint.behind,
+            sub_group: zero.sub_group_size as u64,
         }
     }
 

@@ -52,7 +52,7 @@ pub enum Kind {
     MasterWeights,
     /// This rank's optimizer state, fp32.
     OptimizerState,
-    /// Buffers between a disk and the update.
+    /// Buffers between a disk and the update, or the gathering, of what lies there.
     OffloadBuffers,
     /// Buffers through which ranks exchange.
     ExchangeBuffers,
@@ -190,17 +190,21 @@ impl Table {
         let held = whole.part(if one_copy { 1 } else { facts.ranks() });
         let home = match facts.offload_param.device {
             OffloadDevice::None => compute,
-            OffloadDevice::Nvme if one_copy && compute == Tier::Host => Tier::Nvme,
-            // Only a file that all ranks map can hold weights; shards of a rank's own stay in memory.
-            OffloadDevice::Cpu | OffloadDevice::Nvme => Tier::Host,
+            OffloadDevice::Cpu => Tier::Host,
+            OffloadDevice::Nvme => Tier::Nvme,
         };
+        let in_use = facts.params.largest_unit.saturating_mul(UNITS_IN_USE);
+        let kept = to_u64(facts.offload_param.max_in_cpu);
+        // A file that all ranks map is computed with where it lies; from a rank's own, units are gathered.
+        let in_place = one_copy && compute == Tier::Host;
+        if home == Tier::Nvme && !in_place {
+            let here = in_use.div_ceil(facts.ranks()).saturating_add(kept);
+            self.own(Kind::OffloadBuffers, Tier::Host, held.at_most(here).bytes());
+        }
         self.held(one_copy, Kind::Weights, home, held.bytes());
         let live = match home {
             // The file is read, and its memory given back, unit by unit, but for what is to stay.
-            Tier::Nvme => {
-                let kept = to_u64(facts.offload_param.max_in_cpu).saturating_mul(self.local);
-                facts.params.largest_unit.saturating_mul(UNITS_IN_USE).saturating_add(kept)
-            }
+            Tier::Nvme if in_place => in_use.saturating_add(kept.saturating_mul(self.local)),
             _ if one_copy && home == compute => 0,
             _ => facts.live_parameters.max(facts.params.largest_unit),
         };
@@ -250,8 +254,9 @@ impl Table {
             };
             let buffers = slots * (facts.state_tensors + 1 + u64::from(trainable.narrow() > 0));
             let unit = facts.params.largest_unit.min(trainable.count()).div_ceil(facts.ranks());
+            let piece = if facts.stage == 3 { unit.min(facts.sub_group) } else { unit };
             // And one unit's gradients between their reduction and the disk.
-            self.own(Kind::OffloadBuffers, Tier::Host, fp32(unit, buffers + 1));
+            self.own(Kind::OffloadBuffers, Tier::Host, fp32(piece, buffers) + fp32(unit, 1));
         }
     }
 

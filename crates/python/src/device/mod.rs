@@ -18,13 +18,14 @@ use std::{
 
 use deepspeed_comm::{Group, Into};
 use deepspeed_core::{DType, Layout, Rank, Span, SpanMut, Unit};
-use deepspeed_engine::{Device, DeviceError, DevicePlan, Part, Source};
+use deepspeed_engine::{Device, DeviceError, DevicePlan, Part, ShardHome, Source};
 use deepspeed_optim::Hyper;
 use deepspeed_zero::Exchange;
 use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use self::ops::{Flat, Ops, Side, Tensor, copy_in, copy_out};
 pub(crate) use self::weights::ClientTensors;
+use crate::shared_weights::PySharedWeights;
 
 /// The tensors of one unit.
 struct UnitTensors {
@@ -32,6 +33,8 @@ struct UnitTensors {
     /// Number of the unit's first layout's first parameter: parameters are numbered through, too.
     first_param: usize,
     trained: bool,
+    /// Whether masters and state are here.
+    resident: bool,
     /// fp32; in the host's memory where masters are.
     gradient: Option<Py<PyAny>>,
     master: Option<Py<PyAny>>,
@@ -125,6 +128,11 @@ impl TorchDevice {
         self.units().iter().filter(|tensors| tensors.trained)
     }
 
+    /// The units whose masters and state are here.
+    fn resident(&self) -> impl Iterator<Item = &UnitTensors> {
+        self.units().iter().filter(|tensors| tensors.resident)
+    }
+
     fn unit(&self, number: usize) -> PyResult<&UnitTensors> {
         let missing = || PyRuntimeError::new_err(format!("{} has no unit {number}", self.name));
         self.units().get(number).ok_or_else(missing)
@@ -162,26 +170,45 @@ impl TorchDevice {
         let trained = plan.trained.units.iter().map(|unit| (unit, 0, true));
         let first = plan.trained.params.len();
         let frozen = plan.frozen.units.iter().map(|unit| (unit, first, false));
+        let away = !matches!(plan.weights, ShardHome::Device);
+        let keeper = match plan.weights {
+            ShardHome::Files(files) => {
+                let regions = files.map(|units| Arc::clone(units.region()));
+                Some(Py::new(py, PySharedWeights::new(regions.into()))?.into_any())
+            }
+            ShardHome::Device | ShardHome::Host => None,
+        };
         let of_unit = |(unit, first_param, trained): (&Unit, usize, bool)| {
             let here = |len, dtype| self.ops.zeros(py, len, dtype);
-            let gradient = match (trained, plan.resident) {
+            let resident = trained && unit.id.index() >= plan.host_units;
+            let gradient = match (trained, resident) {
                 (false, _) => None,
                 (true, true) => Some(here(unit.shard_len, DType::F32)?),
                 (true, false) => Some(self.ops.host_zeros(py, unit.shard_len, DType::F32)?),
             };
-            let resident = trained && plan.resident;
-            let master = (resident && unit.dtype != DType::F32).then(|| here(unit.shard_len, DType::F32));
+            let apart = unit.dtype != DType::F32 || away;
+            let master = (resident && apart).then(|| here(unit.shard_len, DType::F32));
             let states = if resident { plan.states } else { 0 };
             let whole = if plan.whole_weights { Some(here(unit.len(), unit.dtype)?) } else { None };
-            let weight = match &whole {
-                Some(whole) => whole.bind(py).part(unit.shard(plan.rank).start, unit.shard_len)?.unbind(),
-                None if plan.weights_on_host => self.ops.host_zeros(py, unit.shard_len, unit.dtype)?,
-                None => here(unit.shard_len, unit.dtype)?,
+            let weight = match (&whole, plan.weights) {
+                (Some(whole), _) => {
+                    whole.bind(py).part(unit.shard(plan.rank).start, unit.shard_len)?.unbind()
+                }
+                (None, ShardHome::Files(files)) => {
+                    let own = files[usize::from(!trained)].own(unit);
+                    let address = own.as_bytes().as_ptr().cast();
+                    // SAFETY: the keeper has the mapping for as long as there is the tensor. The engine has no span of it while
+                    // it asks something of the device, and the device uses it only then.
+                    unsafe { ops::over(py, address, own.len(), own.dtype(), keeper.as_ref())? }.unbind()
+                }
+                (None, ShardHome::Host) => self.ops.host_zeros(py, unit.shard_len, unit.dtype)?,
+                (None, ShardHome::Device) => here(unit.shard_len, unit.dtype)?,
             };
             Ok(UnitTensors {
                 unit: unit.clone(),
                 first_param,
                 trained,
+                resident,
                 gradient,
                 master: master.transpose()?,
                 state: (0..states).map(|_| here(unit.shard_len, DType::F32)).collect::<PyResult<_>>()?,
@@ -234,7 +261,7 @@ impl Device for TorchDevice {
     fn scale_gradients(&self, factor: f32) -> Result<(), DeviceError> {
         self.attached(|py| {
             self.ops.join(py, Side::Reduce)?;
-            for gradient in self.trained().filter_map(|unit| unit.gradient.as_ref()) {
+            for gradient in self.resident().filter_map(|unit| unit.gradient.as_ref()) {
                 if factor != 1.0 {
                     gradient.bind(py).mul_(f64::from(factor))?;
                 }

@@ -225,20 +225,22 @@ impl Ops {
     }
 }
 
-/// A tensor over memory of the host's.
+/// A tensor over memory of the host's; it holds `keeper`.
 ///
 /// # Safety
-/// The memory outlives the tensor, and while the tensor is in use nobody else writes to it (or reads it, if the tensor is
-/// written to).
-unsafe fn over<'py>(
+/// The memory lives as long as the tensor or its keeper, and while the tensor is in use nobody else writes to it (or reads it,
+/// if the tensor is written to).
+pub(crate) unsafe fn over<'py>(
     py: Python<'py>,
     address: *const c_void,
     len: usize,
     dtype: DType,
+    keeper: Option<&Py<PyAny>>,
 ) -> PyResult<Tensor<'py>> {
     let bytes = len * dtype.size();
     let array = py.import("ctypes")?.getattr("c_uint8")?.mul(bytes)?;
     let memory = array.call_method1(intern!(py, "from_address"), (address as usize,))?;
+    memory.setattr(intern!(py, "keeper"), keeper)?;
     let options = PyDict::new(py);
     options.set_item("dtype", torch_dtype(py, dtype)?)?;
     py.import("torch")?.call_method("frombuffer", (memory,), Some(&options))
@@ -249,13 +251,13 @@ pub(crate) fn copy_out(source: &Tensor<'_>, mut target: SpanMut<'_>) -> PyResult
     let (len, dtype) = (target.len(), target.dtype());
     let address = target.as_bytes_mut().as_mut_ptr();
     // SAFETY: the span is borrowed for the length of this call, and the copy is over when it returns.
-    unsafe { over(source.py(), address.cast(), len, dtype)? }.copy_(source)
+    unsafe { over(source.py(), address.cast(), len, dtype, None)? }.copy_(source)
 }
 
 /// Copies a span into a device's tensor of its dtype; waits for it.
 pub(crate) fn copy_in(target: &Tensor<'_>, source: Span<'_>) -> PyResult<()> {
     let address = source.as_bytes().as_ptr();
     // SAFETY: as in `copy_out`; the tensor is only read.
-    let tensor = unsafe { over(target.py(), address.cast(), source.len(), source.dtype())? };
+    let tensor = unsafe { over(target.py(), address.cast(), source.len(), source.dtype(), None)? };
     target.copy_(&tensor)
 }

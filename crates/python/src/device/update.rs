@@ -41,7 +41,7 @@ impl TorchDevice {
     ) -> PyResult<()> {
         let merge = hypers.iter().all(|hyper| hyper.kind().is_elementwise());
         let mut groups: BTreeMap<usize, Vec<Run<'_>>> = BTreeMap::new();
-        for tensors in self.trained() {
+        for tensors in self.resident() {
             for (group, run) in self.runs(py, layout, tensors, merge)? {
                 groups.entry(group).or_default().push(run);
             }

@@ -201,7 +201,7 @@ impl TorchDevice {
     /// tensors of its fp32 gradients and masters.
     pub(crate) fn client_tensors(&self, py: Python<'_>) -> PyResult<ClientTensors> {
         let mut out = Vec::new();
-        for tensors in self.trained() {
+        for tensors in self.resident() {
             let shard = tensors.unit.shard(self.rank());
             let gradient = self.tensor(py, tensors.unit.id.index(), deepspeed_engine::Part::Gradient)?;
             let master = tensors.master.as_ref().unwrap_or(&tensors.weight).bind(py);

@@ -80,11 +80,7 @@ class Init(contextlib.AbstractContextManager["Init"]):
                 "zero.Init(remote_device='nvme') needs a folder: pass a config_dict_or_path with "
                 "zero_optimization.offload_param of device 'nvme' and its nvme_path"
             )
-        if self._folder is not None and not self._group.shares_memory():
-            not_built(
-                "deepspeed.zero.Init(remote_device='nvme') where ranks share no memory", "building a model on NVMe"
-            )
-        self._sliced = SlicedHome(self._group)
+        self._sliced = SlicedHome(self._group, self._folder)
         self._drafts: list[torch.nn.Parameter] = []
         self._patches = contextlib.ExitStack()
         if module is not None:

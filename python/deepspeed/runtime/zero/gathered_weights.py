@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from deepspeed.runtime.zero.sharded_parameter import (
     mark_sharded,
     partition_numel,
 )
+from deepspeed.runtime.zero.shared_weights import elements_at
 
 
 class GatheredHome(Home):
@@ -65,12 +67,14 @@ class GatheredHome(Home):
 
 
 class SlicedHome(Home):
-    """The weights of a module that is built under `zero.Init`, before there is an engine: each rank has an equal part."""
+    """The weights of a module that is built under `zero.Init`, before there is an engine: each rank has an equal part, in
+    memory or, with a `folder`, in files there."""
 
     gathers = True
 
-    def __init__(self, group: _native.Group):
+    def __init__(self, group: _native.Group, folder: Path | None):
         self.group = group
+        self._folder = folder
 
     def adopt(self, parameter: torch.nn.Parameter, name: str, dtype: torch.dtype) -> None:
         """Keeps this rank's part of rank 0's values, in `dtype`. Collective."""
@@ -129,6 +133,9 @@ class SlicedHome(Home):
         mine = p.data.view(-1)[self.group.rank * length : (self.group.rank + 1) * length]
         part = torch.zeros(length, dtype=p.dtype)
         part[: mine.numel()] = mine
+        if self._folder is not None:
+            mapped, (address,) = _native.share_draft(_native.Group.alone(), [(p.ds_name, part, p.dtype)], self._folder)
+            part = elements_at(address, length, p.dtype, mapped)
         mark_sharded(p, self, part)
 
 
@@ -149,6 +156,7 @@ def gather_weights(
             p.ds_home.begin_read([p])
             _native.load_weight(native, number, p.data)
             p.ds_home.end_read([p])
+            p.ds_tensor = torch.empty(0, dtype=p.dtype)  # the engine has this part now
     hooks = GatherHooks(native, module, parameters)
     home = GatheredHome(group, hooks)
     own = native.own_tensors()

@@ -111,6 +111,11 @@ def give_back_after_use(
 
 def alias(parameter: torch.nn.Parameter, address: int, dtype: torch.dtype, owner: Any) -> None:
     """Makes `parameter` a view of memory that lives as long as `owner`."""
-    memory = (ctypes.c_uint8 * (parameter.numel() * dtype.itemsize)).from_address(address)
+    parameter.data = elements_at(address, parameter.numel(), dtype, owner).view(parameter.shape)
+
+
+def elements_at(address: int, length: int, dtype: torch.dtype, owner: Any) -> torch.Tensor:
+    """`length` elements of memory that lives as long as `owner`."""
+    memory = (ctypes.c_uint8 * (length * dtype.itemsize)).from_address(address)
     memory.owner = owner  # type: ignore[attr-defined]  # an array of ctypes takes any attribute
-    parameter.data = torch.frombuffer(memory, dtype=dtype).view(parameter.shape)
+    return torch.frombuffer(memory, dtype=dtype)

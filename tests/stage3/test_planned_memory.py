@@ -1,0 +1,67 @@
+"""What a rank takes is what the memory plan said: the proportional set size at its peak, within 5 %."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from harness import run_ranks
+from resident import WIDTH, Residual, Watch, without_files
+from variants import ADAMW, config, start
+
+LAYERS = 24
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def planned(engine: Any) -> float:
+    """Bytes of host memory that the plan gives a rank."""
+    line = engine._native.memory_line()
+    found = re.search(r"([\d.]+) (\w+) planned", line)
+    assert found is not None, line
+    return float(found[1]) * UNITS[found[2]]
+
+
+def peak_and_plan(stage: int, precision: str, backend: str | None) -> tuple[float, float]:
+    """Bytes that the model and its training take at most, and what the plan says."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    zero = {
+        "stage": stage,
+        "reduce_bucket_size": WIDTH * WIDTH,
+        "stage3_max_live_parameters": 4 * WIDTH * WIDTH,
+        "stage3_prefetch_bucket_size": WIDTH * WIDTH,
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
+    }
+    settings = config("3", precision, optimizer=ADAMW, zero_optimization=zero)
+
+    def step(engine: Any) -> None:
+        dtype = next(engine.module.parameters()).dtype
+        engine.backward(engine(torch.full((2, WIDTH), 0.1, dtype=dtype)).float().square().mean())
+        engine.step()
+
+    # What torch, the engine's threads and the first step of any model take is not the model's.
+    small = start(settings, Residual(1))
+    step(small)
+    small.destroy()
+    before = without_files()
+    with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
+        model = Residual(LAYERS)
+    engine = start(settings, model)
+    with Watch(without_files) as watch:
+        for _ in range(3):
+            step(engine)
+    return watch.peak - before, planned(engine)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "world", "backend"),
+    [(0, "bf16", 1, None), (2, "fp32", 2, None), (3, "bf16", 2, None), (3, "bf16", 2, "gloo")],
+)
+def test_the_peak_is_within_5_percent_of_the_plan(stage: int, precision: str, world: int, backend: str | None) -> None:
+    for peak, plan in run_ranks(peak_and_plan, world, stage, precision, backend, deadline=120):
+        assert abs(peak - plan) <= 0.05 * plan, f"{peak / 2**20:.0f} MiB at most, {plan / 2**20:.0f} MiB planned"
