@@ -49,9 +49,9 @@ fn a_report_says_what_is_there_and_what_is_missing() {
         "cpu_adam ............... [YES] ...... [OKAY]",
         "transformer_inference .. [NO] ....... [NO]",
         "DeepSpeed general environment info:",
-        "torch version .................. 2.9.1+cu128",
-        "torch cuda version ............. 12.8",
-        "shared memory (/dev/shm) size .. ",
+        "torch version .................... 2.9.1+cu128",
+        "torch cuda version ............... 12.8",
+        "shared memory (/dev/shm) size .... ",
     ] {
         assert!(done.out.contains(part), "{part}\n{}", done.out);
     }

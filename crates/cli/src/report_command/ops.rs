@@ -23,8 +23,9 @@ const KERNELS: [&str; 3] = ["cpu_adam", "cpu_adagrad", "cpu_lion"];
 const FUSED: [&str; 3] = ["fused_adam", "fused_lamb", "fused_lion"];
 
 /// Those of the original that this version does not have.
-const NOT_BUILT: [&str; 14] = [
+const NOT_BUILT: [&str; 15] = [
     "dc",
+    "deepspeed_ccl_comm",
     "evoformer_attn",
     "fp_quantizer",
     "gds",
@@ -54,6 +55,7 @@ pub(super) fn table(facts: &HostFacts) -> Vec<Operation> {
     table.extend(KERNELS.map(|name| built(name, &kernel)));
     table.push(built("deepspeed_shm_comm", "shared memory of the Rust core"));
     table.extend(FUSED.map(|name| built(name, &format!("{kernel} on a CPU, torch's operations on a GPU"))));
+    table.push(built("pin_memory", "torch's pinned memory, on a GPU"));
     let not_built = |name| Operation {
         name,
         installed: false,

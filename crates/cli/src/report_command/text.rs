@@ -9,8 +9,9 @@ use super::ops;
 
 const RULE: &str = "--------------------------------------------------";
 
-/// Width of names in the tables that look like the original's.
-const NAME: usize = 32;
+/// Width of names in the lines and in the table that look like the original's.
+const NAME: usize = 34;
+const OPERATION: usize = 24;
 
 /// What a job would use, and why: (what, which).
 pub(super) fn used(facts: &HostFacts) -> Vec<(&'static str, String)> {
@@ -169,12 +170,12 @@ pub(super) fn missing(missing: &[String]) -> String {
 /// The table of operations: lines that look like those of the original, and say what serves each.
 pub(super) fn operations(facts: &HostFacts) -> String {
     let mut text = format!("\n{RULE}\n");
-    let _ = writeln!(text, "{} installed .. compatible", dotted("op name", NAME - 8));
+    let _ = writeln!(text, "{} installed .. compatible", dotted("op name", OPERATION));
     let _ = writeln!(text, "{RULE}");
     for operation in ops::table(facts) {
         let installed = if operation.installed { "[YES]" } else { "[NO]" };
         let compatible = if operation.compatible { "[OKAY]" } else { "[NO]" };
-        let name = dotted(operation.name, NAME - 8);
+        let name = dotted(operation.name, OPERATION);
         let _ = writeln!(text, "{name} {} {compatible}   {}", dotted(installed, 12), operation.note);
     }
     let _ = writeln!(text, "{RULE}");

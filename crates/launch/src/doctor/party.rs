@@ -161,11 +161,12 @@ impl Member {
                 Incoming::Report(Report::Port(port)) => {
                     self.answer = Some((Reply::Port(port), began.elapsed()));
                 }
+                Incoming::Report(Report::Leaving(why)) => self.lost = Some(why),
                 // Signs of life, remarks.
                 _ => {}
             }
         }
-        if problem.is_some() {
+        if self.lost.is_none() {
             self.lost = problem;
         }
     }
