@@ -23,6 +23,8 @@ def train(folder: str, backend: str | None) -> dict[str, float]:
     zero = {
         "stage": 3,
         "reduce_bucket_size": WIDTH * WIDTH,
+        "stage3_max_live_parameters": 2 * WIDTH * WIDTH,
+        "stage3_max_reuse_distance": 0,
         "offload_optimizer": nvme,
         "offload_param": {**nvme, "max_in_cpu": 0},
     }

@@ -112,7 +112,7 @@ impl Engine {
             self.shards[unit.id.index()].update_master(unit, rank, &trained, &by_id);
         }
         self.change_offloaded_masters(|unit, range, master| {
-            refresh_master(master, unit, range, &trained, &by_id)
+            refresh_master(master, unit, range, &trained, &by_id);
         })
     }
 

@@ -39,7 +39,7 @@ impl Engine {
             self.shards[unit.id.index()].update_master(unit, rank, params, weights);
         }
         self.change_offloaded_masters(|unit, range, master| {
-            refresh_master(master, unit, range, params, weights)
+            refresh_master(master, unit, range, params, weights);
         })
     }
 

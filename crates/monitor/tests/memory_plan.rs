@@ -156,7 +156,7 @@ fn parameters_on_nvme_leave_a_window() {
     let apart = Plan::new(&Facts { shared_memory: false, ..facts });
     assert_eq!(apart.at(Kind::Weights, Tier::Nvme), Amount { per_rank: 1000, per_host: 2000 }, "a file each");
     assert_eq!(
-        apart.at(Kind::Weights, Tier::Host),
+        apart.kind(Kind::OffloadBuffers),
         Amount { per_rank: 200, per_host: 400 },
         "two units' shards"
     );
