@@ -5,6 +5,7 @@
     load_s           load_checkpoint into an engine that has other values
     copy_s           a plain copy of the same files to the same disk, each synced, as `cp` and `sync` do, one thread a rank
     read_s           reading the same files, one thread a rank
+    export_peak_mib  the most memory that `deepspeed checkpoint export` had, into files of at most export_shard_mib
 
 Every rank copies and reads its share of the files. Times are those of the slowest rank.
 """
@@ -20,6 +21,9 @@ import time
 import step_bench
 import torch
 from gpt import GPT
+
+# Bytes of a file of an exported model.
+SHARD = 64 << 20
 
 
 def arguments():
@@ -92,6 +96,25 @@ def train(engine, generator, length, steps=1):
         engine.step()
 
 
+def export(saved, out):
+    """`deepspeed checkpoint export` into files of at most SHARD bytes: the most memory it has, as the system counts it."""
+    from deepspeed.launcher._native_command import find
+
+    command = [str(find()), "checkpoint", "export", saved, out, "--max-shard-size", str(SHARD)]
+    began = time.perf_counter()
+    child = os.posix_spawn(
+        command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    )
+    _, status, usage = os.wait4(child, 0)
+    if status != 0:
+        raise RuntimeError(f"{command} ended with {status}")
+    return {
+        "export_s": time.perf_counter() - began,
+        "export_peak_mib": usage.ru_maxrss / 1024,
+        "export_shard_mib": SHARD / (1 << 20),
+    }
+
+
 def main():
     a = arguments()
     torch.manual_seed(0)
@@ -146,6 +169,10 @@ def main():
             train(engine, generator, a.length)
         mine = files_of(os.path.join(saved, f"t{a.saves}"), rank, world)
         size = everybody(sum(os.path.getsize(path) for path in mine), sum)
+        exported = {}
+        if rank == 0 and not a.behind and hasattr(engine, "wait_for_checkpoint"):
+            exported = export(saved, os.path.join(scratch, "model"))
+        torch.distributed.barrier()
         loads, reads = [], []
         for _ in range(a.saves):
             loads.append(timed(lambda: engine.load_checkpoint(saved)))
@@ -166,6 +193,7 @@ def main():
         "load_s": median(loads),
         "copy_s": median(copies[1:]),
         "read_s": median(reads),
+        **exported,
     }
     if rank == 0:
         print("BENCH " + json.dumps(out), flush=True)

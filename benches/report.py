@@ -17,7 +17,8 @@ FOOTNOTES = {
     "others are functions of `deepspeed.comm`",
     "checkpoint": "99.7 M parameters in bf16 with AdamW at stage 2, 2 ranks: how long training stands still for a save, how long "
     "until the checkpoint is complete and synced, and how long a load takes; `behind` is `checkpoint.async`; `copy` copies the "
-    "same files to the same disk and syncs them, `read` reads them, with one thread a rank; files are in the page cache",
+    "same files to the same disk and syncs them, `read` reads them, with one thread a rank; files are in the page cache; "
+    "`export memory` is the most that `deepspeed checkpoint export` had while it wrote files of one shard's size",
 }
 
 
@@ -66,6 +67,9 @@ def rows(run: dict) -> list[Row]:
                     add("checkpoint/save", "copy", "s", turns, "copy_s")
                     add("checkpoint/load", "copy", "s", turns, "copy_s")
                     add("checkpoint/load", "read", "s", turns, "read_s")
+                if peer == "ours":
+                    add("checkpoint/export memory", peer, "MiB", turns, "export_peak_mib")
+                    add("checkpoint/export memory", "one shard", "MiB", turns, "export_shard_mib")
             elif group == "allreduce":
                 add("allreduce", f"{peer} engine", "ms", turns, "engine_ms")
                 add("allreduce", f"{peer} all_reduce", "ms", turns, "all_reduce_ms")
@@ -179,6 +183,8 @@ def budgets(table: list[Row]) -> list[tuple[str, str, str, bool]]:
     for what in ("save", "load"):
         # 80% of the speed of a copy.
         check(f"checkpoint: {what}, of a copy's time", 1.25, found.get((f"checkpoint/{what}", "ours / copy")), "")
+    exported = found.get(("checkpoint/export memory", "ours / one shard"))
+    check("checkpoint: peak memory of an export, of one shard's size", 1.1, exported, "")
     gloo = [v for (case, what), v in found.items() if case == "allreduce" and what.endswith("/ gloo")]
     check("all-reduce: of Gloo's time", 1 / 8, min(gloo) if gloo else None, "")
     return out

@@ -13,5 +13,5 @@ RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
     -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks" \
     CARGO_TARGET_DIR=target cargo build --release --quiet --target "$host" --bin "$target"
-exec "target/$host/release/$target" -max_total_time="${2:-60}" -rss_limit_mb=1024 -malloc_limit_mb=64 -timeout=10 \
+exec "target/$host/release/$target" -max_total_time="${2:-60}" -rss_limit_mb=1024 -malloc_limit_mb=160 -timeout=10 \
     -artifact_prefix=artifacts/ "$found" "corpus/$target"

@@ -10,12 +10,12 @@ use std::{
 };
 
 use deepspeed_checkpoint::{
-    Checkpoint, Checksum, CommitParts, Draft, ParamRecord, RankRecord, RankWriter, Silent, SliceSource,
-    Source, TensorSource,
+    Checkpoint, Checksum, CommitParts, Draft, OriginalOptions, ParamRecord, RankRecord, RankWriter, Silent,
+    SliceSource, Source, TensorSource,
     diff::diff,
     export::{ExportPlan, read_tensor},
     inspect::{inspect, inspect_dir},
-    kind, open_any,
+    kind, open_any, write_original,
 };
 use deepspeed_core::{AlignedBuffer, DType, ParamSpec, Rank, Span};
 
@@ -23,20 +23,31 @@ use deepspeed_core::{AlignedBuffer, DType, ParamSpec, Rank, Span};
 pub type Target = fn(&[u8]);
 
 /// The targets, each with the name of its folder in the corpus.
-pub const TARGETS: [(&str, Target); 4] =
-    [("manifest", manifest), ("header", header), ("record", record), ("latest", latest)];
+pub const TARGETS: [(&str, Target); 6] = [
+    ("manifest", manifest),
+    ("header", header),
+    ("record", record),
+    ("latest", latest),
+    ("pickle", pickle),
+    ("torch_file", torch_file),
+];
 
 /// The tag of the checkpoint that is attacked.
 const TAG: &str = "t";
 /// Elements of each parameter.
 const SHAPE: [usize; 2] = [3, 5];
+/// Files of the original's checkpoints that are attacked.
+const MODEL_FILE: &str = "mp_rank_00_model_states.pt";
+const OPTIMIZER_FILE: &str = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt";
+/// Views may repeat elements; beyond this many, what the library would allocate for them is not asked for.
+const MAX_ELEMENTS: usize = 1 << 20;
 
 /// The bytes are the manifest of a checkpoint whose files are in order.
 pub fn manifest(data: &[u8]) {
     with_room(|room| {
         let folder = room.valid();
         write_manifest(&folder, data);
-        open_and_read(&room.dir);
+        open_and_read(&room.dir, TAG);
     });
 }
 
@@ -63,7 +74,7 @@ pub fn header(data: &[u8]) {
             ]}],
         });
         write_manifest(&folder, manifest.to_string().as_bytes());
-        open_and_read(&room.dir);
+        open_and_read(&room.dir, TAG);
     });
 }
 
@@ -75,7 +86,7 @@ pub fn record(data: &[u8]) {
         let draft = Draft::begin(&room.dir, TAG, 1).expect("a folder for the draft");
         write_rank(draft.folder(), 0, 1);
         if draft.commit(&[record], parts(1), true).is_ok() {
-            open_and_read(&room.dir);
+            open_and_read(&room.dir, TAG);
         }
     });
 }
@@ -85,12 +96,56 @@ pub fn latest(data: &[u8]) {
     with_room(|room| {
         room.valid();
         fs::write(room.dir.join("latest"), data).expect("a file for the input");
-        open_and_read(&room.dir);
+        open_and_read(&room.dir, TAG);
         let _ = Checkpoint::open(&room.dir, None);
         if let Ok(text) = std::str::from_utf8(data) {
             let _ = open_any(&room.dir, Some(text));
         }
     });
+}
+
+/// The bytes are the pickle in a file of the original, of which the storages are in order: the model's and the optimizer's
+/// in one file (stage 0), or the optimizer's (stage 2).
+pub fn pickle(data: &[u8]) {
+    let storages: Vec<String> = (0..64).map(|number| format!("archive/data/{number}")).collect();
+    let mut entries: Vec<(&str, &[u8])> = vec![("archive/data.pkl", data)];
+    entries.extend(storages.iter().map(|name| (name.as_str(), &[0u8; 512] as &[u8])));
+    let file = archive(&entries);
+    with_room(|room| {
+        for (stage, name) in [(0, MODEL_FILE), (2, OPTIMIZER_FILE)] {
+            let tag = room.original(stage);
+            fs::write(room.dir.join(&tag).join(name), &file).expect("a file for the input");
+            open_and_read(&room.dir, &tag);
+        }
+    });
+}
+
+/// The bytes are a file of the original.
+pub fn torch_file(data: &[u8]) {
+    with_room(|room| {
+        let tag = room.original(0);
+        fs::write(room.dir.join(&tag).join(MODEL_FILE), data).expect("a file for the input");
+        open_and_read(&room.dir, &tag);
+    });
+}
+
+/// A zip archive whose entries are stored as they are, without checksums.
+fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    let (mut file, mut directory) = (Vec::new(), Vec::new());
+    for (name, bytes) in entries {
+        let offset = (file.len() as u32).to_le_bytes();
+        let size = (bytes.len() as u32).to_le_bytes();
+        let name_len = (name.len() as u16).to_le_bytes();
+        file.extend([b"PK\x03\x04" as &[u8], &[0; 14], &size, &size, &name_len, &[0; 2]].concat());
+        file.extend([name.as_bytes(), bytes].concat());
+        directory.extend([b"PK\x01\x02" as &[u8], &[0; 16], &size, &size, &name_len].concat());
+        directory.extend([&[0u8; 12] as &[u8], &offset, name.as_bytes()].concat());
+    }
+    let count = (entries.len() as u16).to_le_bytes();
+    let (len, start) = ((directory.len() as u32).to_le_bytes(), (file.len() as u32).to_le_bytes());
+    file.extend(directory);
+    file.extend([b"PK\x05\x06" as &[u8], &[0; 4], &count, &count, &len, &start, &[0; 2]].concat());
+    file
 }
 
 /// The file of a checkpoint that a target takes as its bytes, undamaged: where mutations begin.
@@ -110,16 +165,25 @@ pub fn valid_input(target: &str) -> Vec<u8> {
                 let draft = Draft::begin(&room.dir, "r", 1).expect("a folder for the draft");
                 write_rank(draft.folder(), 0, 1).to_bytes()
             }
+            "torch_file" => room.model_file(),
+            "pickle" => {
+                let file = room.model_file();
+                // It is the first entry: behind its header, up to the note of its size.
+                let at = |offset: usize| usize::from(u16::from_le_bytes([file[offset], file[offset + 1]]));
+                let start = 30 + at(26) + at(28);
+                let len = file[start..].windows(4).position(|bytes| bytes == b"PK\x07\x08");
+                file[start..start + len.expect("a note of the size")].to_vec()
+            }
             _ => b"t".to_vec(),
         };
     });
     found
 }
 
-/// Opens what `latest` names and reads all of it, in every way there is.
-fn open_and_read(dir: &Path) {
+/// Opens `tag` and reads all of it, in every way there is.
+fn open_and_read(dir: &Path, tag: &str) {
     let _ = inspect_dir(dir);
-    if let Ok(Some(source)) = open_any(dir, Some(TAG)) {
+    if let Ok(Some(source)) = open_any(dir, Some(tag)) {
         let _ = read_everything(&*source);
     }
 }
@@ -131,6 +195,9 @@ fn read_everything(source: &dyn Source) -> deepspeed_checkpoint::Result<()> {
     source.verify_share(Rank(0), 1)?;
     for param in source.params() {
         let numel: usize = param.shape.iter().product();
+        if numel > MAX_ELEMENTS {
+            continue;
+        }
         for kind in source.kinds(&param.name) {
             let Some(dtype) = source.dtype(&param.name, kind) else { continue };
             source.visit(&param.name, kind, 0..numel, &mut |_, _| {})?;
@@ -139,7 +206,8 @@ fn read_everything(source: &dyn Source) -> deepspeed_checkpoint::Result<()> {
             source.read(&param.name, kind, 0..numel, all.span_mut())?;
         }
     }
-    for tensor in &plan.tensors {
+    let small = |shape: &[usize]| shape.iter().product::<usize>() <= MAX_ELEMENTS;
+    for tensor in plan.tensors.iter().filter(|tensor| small(&tensor.shape)) {
         read_tensor(source, tensor, |_| Ok(()))?;
     }
     for rank in 0..source.world().min(4) {
@@ -175,6 +243,29 @@ impl Room {
             draft.commit(&records, parts(2), true).expect("a valid checkpoint");
         }
         folder
+    }
+}
+
+impl Room {
+    /// Makes a checkpoint of one rank in the original's layout, whole; its tag.
+    fn original(&self, stage: u8) -> String {
+        let tag = format!("stage{stage}");
+        if !self.dir.join(&tag).exists() {
+            // Other targets may have been at it.
+            let _ = fs::remove_dir_all(self.dir.join(TAG));
+            self.valid();
+            let source = open_any(&self.dir, Some(TAG)).ok().flatten().expect("a valid checkpoint");
+            write_original(&*source, &self.dir, &tag, OriginalOptions::new(stage, 1), &Silent)
+                .expect("a checkpoint of the original");
+        }
+        tag
+    }
+
+    /// The file of a checkpoint of stage 0, undamaged.
+    fn model_file(&self) -> Vec<u8> {
+        let _ = fs::remove_dir_all(self.dir.join("stage0"));
+        let tag = self.original(0);
+        fs::read(self.dir.join(tag).join(MODEL_FILE)).expect("a model file")
     }
 }
 

@@ -759,6 +759,10 @@ def export_model(
     """Writes the model of a checkpoint into the folder `out`. Returns the files, and the frozen parameters that are not in
     them because the checkpoint does not have them."""
 
+def write_universal(path: str | PathLike[str], out: str | PathLike[str], *, overwrite: bool) -> None:
+    """Writes the checkpoint at `path` (its own folder, or one of checkpoints for the latest) as one of the original's
+    universal format into the folder `out`. With `overwrite`, a universal checkpoint that is there is replaced."""
+
 @final
 class ModelFile:
     """A file of weights that is written tensor by tensor and appears when it is complete."""

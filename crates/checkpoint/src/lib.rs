@@ -102,7 +102,7 @@ pub use latest::{CompleteTag, complete_tags};
 pub use locate::Location;
 pub use manifest::{CommitParts, FORMAT_VERSION, HostPart, Manifest};
 pub use open::{open_any, open_universal};
-pub use original::{OriginalCheckpoint, OriginalOptions, write_original};
+pub use original::{OriginalCheckpoint, OriginalOptions, WholeState, write_original, write_universal};
 pub use progress::{Progress, Silent};
 pub use reader::Checkpoint;
 pub use record::{BlobRecord, FileRecord, ParamRecord, RankRecord, SliceRecord, TensorRecord};

@@ -36,8 +36,20 @@ impl Output {
     /// # Errors
     /// [`CheckpointError::Io`].
     pub(crate) fn begin(out: &Path) -> Result<Self> {
+        Self::start(out, false)
+    }
+
+    /// As [`Output::begin`]; if `out` is there, it is replaced with all that is in it, in one step.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub(crate) fn begin_whole(out: &Path) -> Result<Self> {
+        Self::start(out, true)
+    }
+
+    fn start(out: &Path, whole: bool) -> Result<Self> {
         let joins = match fs::metadata(out) {
-            Ok(metadata) if metadata.is_dir() => true,
+            Ok(metadata) if metadata.is_dir() => !whole,
             Ok(_) => {
                 let file = io::Error::from(io::ErrorKind::NotADirectory);
                 return Err(CheckpointError::io("write into", out)(file));
@@ -74,6 +86,16 @@ impl Output {
         Ok(OutputFile { file, shown: self.out.join(name) })
     }
 
+    /// Makes room for a file that somebody else writes; the folder to which `name` is relative.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub(crate) fn place(&mut self, name: &str) -> Result<PathBuf> {
+        create_dirs(&RealDisk, &parent(&self.staging.join(name)))?;
+        self.names.push(name.to_owned());
+        Ok(self.staging.clone())
+    }
+
     /// Creates a file with this content.
     ///
     /// # Errors
@@ -97,7 +119,13 @@ impl Output {
             RealDisk.rename(from, to).map_err(CheckpointError::io("rename the result to", to))
         };
         if !self.joins {
-            rename(&self.staging, &self.out)?;
+            if self.out.exists() {
+                // What was there is then in the temporary folder, which goes.
+                let exchanged = RealDisk.exchange(&self.staging, &self.out);
+                exchanged.map_err(CheckpointError::io("replace", &self.out))?;
+            } else {
+                rename(&self.staging, &self.out)?;
+            }
             return sync_dir(&parent(&self.out));
         }
         for name in &self.names {

@@ -11,7 +11,11 @@ use std::{
 };
 
 use common::{Model, open_latest, read_everything};
-use deepspeed_checkpoint::{Checkpoint, CheckpointError, Checksum, Result};
+use deepspeed_checkpoint::{
+    Checkpoint, CheckpointError, Checksum, CommitParts, Draft, HostPart, ParamRecord, RankRecord, RankWriter,
+    Result, SliceSource, kind, peers_folder,
+};
+use deepspeed_core::{DType, Rank, Span, SpanMut};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -361,4 +365,51 @@ proptest! {
             Err(error) => prop_assert!(error.to_string().contains(&names[file]), "{}", error),
         }
     }
+}
+
+#[test]
+fn files_that_other_hosts_sent_are_checked_before_anything_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut draft = Draft::begin(dir.path(), "t", 7).unwrap();
+    let weight = [1.0f32, 2.0, 3.0, 4.0];
+    let records: Vec<RankRecord> = (0..2)
+        .map(|rank| {
+            let mut writer = RankWriter::new(draft.folder(), Rank::from_index(rank), 2);
+            let data = Span::from(&weight[2 * rank..2 * rank + 2]);
+            let slice = SliceSource { name: "w", kind: kind::WEIGHT, shape: &[4], offset: 2 * rank, data };
+            writer.slice(slice).unwrap();
+            writer.finish().unwrap()
+        })
+        .collect();
+    let param =
+        ParamRecord { name: "w".to_owned(), shape: vec![4], dtype: DType::F32.into(), group: Some(0) };
+    let parts = CommitParts {
+        world: 2,
+        stage: 1,
+        dtype: DType::F32,
+        params: vec![param],
+        tied: Vec::new(),
+        state: json!({}),
+        frozen_excluded: false,
+    };
+    draft.keep_part(HostPart { ranks: vec![0], save: "one".to_owned() });
+    let folder = draft.commit(&records, parts, true).unwrap();
+    let peers = peers_folder(dir.path(), "t");
+    let name = "weights-rank-00001-of-00002.safetensors";
+    fs::create_dir(&peers).unwrap();
+    fs::rename(folder.join(name), peers.join(name)).unwrap();
+    let open = || Checkpoint::open(dir.path(), None).unwrap().unwrap();
+    open().verify().unwrap();
+    let mut read = [0.0f32; 4];
+    open().read("w", kind::WEIGHT, 0..4, SpanMut::from(&mut read[..])).unwrap();
+    assert_eq!(read, weight);
+
+    let mut bytes = fs::read(peers.join(name)).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(peers.join(name), bytes).unwrap();
+    let error = open().verify().unwrap_err();
+    assert!(matches!(&error, CheckpointError::Damaged { file, .. } if file == name), "{error}");
+    // Of what has not come, what is here is checked.
+    fs::remove_dir_all(&peers).unwrap();
+    open().verify().unwrap();
 }

@@ -1,11 +1,16 @@
 //! The original's layout: what is written is read back, and files that are wrong in any way give errors.
 #![allow(clippy::unwrap_used, reason = "helpers of tests, too, may end a test")]
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use deepspeed_checkpoint::{
-    CheckpointError, CommitParts, Draft, OriginalOptions, ParamRecord, RankWriter, SliceSource, Source,
-    TensorSource, kind, open_any, open_universal, write_original,
+    CheckpointError, CommitParts, Draft, OriginalOptions, ParamRecord, Progress, RankWriter, Silent,
+    SliceSource, Source, TensorSource, WholeState, kind, open_any, open_universal, write_original,
+    write_universal,
 };
 use deepspeed_core::{DType, Rank, Span, SpanMut};
 use half::bf16;
@@ -68,6 +73,7 @@ fn ours(dir: &Path, dtype: DType) -> Box<dyn Source> {
         "loss_scaler": { "type": "static", "scale": 1.0 },
         "train_batch_size": 16,
         "accumulation_steps": 2,
+        "gradient_clipping": 0.5,
     });
     let parts =
         CommitParts { world: 1, stage: 2, dtype, params, tied: Vec::new(), state, frozen_excluded: false };
@@ -91,11 +97,11 @@ fn what_is_written_is_read_back_at_every_stage_and_world() {
     for dtype in [DType::F32, DType::BF16] {
         let dir = tempfile::tempdir().unwrap();
         let source = ours(dir.path(), dtype);
-        for stage in 1..=3 {
+        for stage in 0..=3 {
             for world in [1, 2, 3, 8, 64] {
                 let tag = format!("stage{stage}-world{world}");
-                let options = OriginalOptions { stage, world, dtype: None };
-                let folder = write_original(&*source, dir.path(), &tag, options).unwrap();
+                let options = OriginalOptions::new(stage, world);
+                let folder = write_original(&*source, dir.path(), &tag, options, &Silent).unwrap();
                 assert!(!folder.join("manifest.json").exists());
                 let written = open_any(dir.path(), None).unwrap().unwrap();
                 assert_eq!((written.tag(), written.world(), written.stage()), (&*tag, world, Some(stage)));
@@ -109,10 +115,12 @@ fn what_is_written_is_read_back_at_every_stage_and_world() {
                     }
                     let param = param.unwrap();
                     assert_eq!((&param.shape[..], param.dtype.dtype()), (*shape, Some(dtype)), "{name}");
-                    assert_eq!(param.group, group.filter(|_| numel > 0), "{name}");
+                    let kept = numel > 0 || (stage == 0 && dtype == DType::F32);
+                    assert_eq!(param.group, group.filter(|_| kept), "{tag} {name}");
                     assert_eq!(
                         written.kinds(name).len(),
-                        if numel > 0 { source.kinds(name).len() } else { 1 }
+                        if kept { source.kinds(name).len() } else { 1 },
+                        "{tag} {name}"
                     );
                     for kind in source.kinds(name).into_iter().filter(|_| numel > 0) {
                         assert_eq!(
@@ -125,6 +133,7 @@ fn what_is_written_is_read_back_at_every_stage_and_world() {
                     }
                 }
                 assert_eq!(written.tensor("calls").unwrap(), 42i64.to_le_bytes());
+                assert_eq!(written.state()["gradient_clipping"], 0.5);
                 for key in ["global_steps", "global_samples", "skipped_steps", "optimizer_steps"] {
                     assert_eq!(written.state()["counters"][key], source.state()["counters"][key], "{key}");
                 }
@@ -133,12 +142,123 @@ fn what_is_written_is_read_back_at_every_stage_and_world() {
     }
 }
 
+/// Counts the bytes that an operation announces and passes.
+#[derive(Default)]
+struct Count {
+    announced: AtomicU64,
+    passed: AtomicU64,
+}
+
+impl Progress for Count {
+    fn begin(&self, _what: &str, bytes: u64) {
+        self.announced.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.passed.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn stage_0_keeps_the_state_of_16_bit_models_in_two_forms() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = ours(dir.path(), DType::BF16);
+    for (tag, state) in [("flat", WholeState::Flat), ("each", WholeState::PerParameter)] {
+        let options = OriginalOptions { state: Some(state), ..OriginalOptions::new(0, 2) };
+        let count = Count::default();
+        let folder = write_original(&*source, dir.path(), tag, options, &count).unwrap();
+        let files: Vec<_> = fs::read_dir(folder).unwrap().map(|it| it.unwrap().file_name()).collect();
+        assert_eq!(files, ["mp_rank_00_model_states.pt"]);
+        assert!(count.announced.load(Ordering::Relaxed) > 0);
+        assert_eq!(count.announced.into_inner(), count.passed.into_inner());
+        let written = open_any(dir.path(), Some(tag)).unwrap().unwrap();
+        assert_eq!((written.stage(), written.world()), (Some(0), 2));
+        for (name, shape, _) in
+            PARAMS.iter().filter(|(_, shape, group)| group.is_some() && !shape.contains(&0))
+        {
+            let numel: usize = shape.iter().product();
+            for kind in [kind::MASTER, kind::EXP_AVG, kind::EXP_AVG_SQ] {
+                let (one, other) =
+                    (read(&*written, name, kind, 0..numel), read(&*source, name, kind, 0..numel));
+                assert_eq!(one, other, "{tag} {name} {kind}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_universal_format_is_read_back_and_replaced_in_one_step() {
+    for dtype in [DType::F32, DType::BF16] {
+        let dir = tempfile::tempdir().unwrap();
+        let source = ours(dir.path(), dtype);
+        for stage in 1..=3 {
+            let out = dir.path().join("converted");
+            let count = Count::default();
+            write_universal(&*source, &out, OriginalOptions::new(stage, 2), true, &count).unwrap();
+            assert_eq!(count.announced.into_inner(), count.passed.into_inner());
+            let written = open_universal(dir.path(), None).unwrap().unwrap();
+            assert_eq!((written.tag(), written.world()), ("converted", 2));
+            for (name, shape, group) in PARAMS.iter().filter(|(_, shape, _)| !shape.contains(&0)) {
+                let numel: usize = shape.iter().product();
+                assert_eq!(written.param(name).unwrap().group, *group);
+                for kind in source.kinds(name) {
+                    let (one, other) =
+                        (read(&*written, name, kind, 0..numel), read(&*source, name, kind, 0..numel));
+                    assert_eq!(one, other, "stage {stage} {name} {kind}");
+                }
+            }
+            assert_eq!(written.tensor("calls").unwrap(), 42i64.to_le_bytes());
+            let steps = &written.state()["counters"]["optimizer_steps"];
+            assert_eq!(steps, &source.state()["counters"]["optimizer_steps"]);
+            let error = write_universal(&*source, &out, OriginalOptions::new(stage, 2), false, &Silent);
+            assert!(matches!(error, Err(CheckpointError::Exists { .. })), "{error:?}");
+        }
+    }
+}
+
+#[test]
+fn an_empty_client_state_is_none() {
+    for blob in [&b""[..], b"{}"] {
+        let dir = tempfile::tempdir().unwrap();
+        let draft = Draft::begin(dir.path(), "t", 7).unwrap();
+        let mut writer = RankWriter::new(draft.folder(), Rank(0), 1);
+        let weight = [1.0f32, 2.0];
+        let data = Span::from(&weight[..]);
+        let slice = SliceSource { name: "w", kind: kind::WEIGHT, shape: &[2], offset: 0, data };
+        writer.slice(slice).unwrap();
+        writer.blob("client_state", blob.to_vec());
+        let record = writer.finish().unwrap();
+        let parts = CommitParts {
+            world: 1,
+            stage: 0,
+            dtype: DType::F32,
+            params: vec![ParamRecord {
+                name: "w".to_owned(),
+                shape: vec![2],
+                dtype: DType::F32.into(),
+                group: Some(0),
+            }],
+            tied: Vec::new(),
+            state: json!({}),
+            frozen_excluded: false,
+        };
+        draft.commit(&[record], parts, true).unwrap();
+        let source = open_any(dir.path(), None).unwrap().unwrap();
+        for stage in 0..=3 {
+            let (tag, options) = (format!("stage{stage}"), OriginalOptions::new(stage, 1));
+            write_original(&*source, dir.path(), &tag, options, &Silent).unwrap();
+            let written = open_any(dir.path(), Some(&tag)).unwrap().unwrap();
+            assert_eq!(read(&*written, "w", kind::WEIGHT, 0..2), weight, "{tag}");
+        }
+    }
+}
+
 #[test]
 fn what_has_no_place_in_the_layout_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let source = ours(dir.path(), DType::F32);
-    for (stage, world) in [(0, 1), (4, 1), (1, 0)] {
-        let error = write_original(&*source, dir.path(), "x", OriginalOptions { stage, world, dtype: None });
+    for (stage, world) in [(4, 1), (1, 0)] {
+        let error = write_original(&*source, dir.path(), "x", OriginalOptions::new(stage, world), &Silent);
         assert!(matches!(error, Err(CheckpointError::Unsupported { .. })), "{error:?}");
     }
     assert!(!dir.path().join("x").exists());
@@ -150,8 +270,8 @@ fn what_has_no_place_in_the_layout_is_an_error() {
 fn a_conversion_may_change_the_dtype() {
     let dir = tempfile::tempdir().unwrap();
     let source = ours(dir.path(), DType::F32);
-    let options = OriginalOptions { stage: 2, world: 2, dtype: Some(DType::BF16) };
-    write_original(&*source, dir.path(), "bf16", options).unwrap();
+    let options = OriginalOptions { dtype: Some(DType::BF16), ..OriginalOptions::new(2, 2) };
+    write_original(&*source, dir.path(), "bf16", options, &Silent).unwrap();
     let written = open_any(dir.path(), Some("bf16")).unwrap().unwrap();
     assert_eq!(written.dtype("up.weight", kind::WEIGHT), Some(DType::BF16));
     assert_eq!(
@@ -173,8 +293,7 @@ fn missing_and_strange_files_are_named() {
     ] {
         let tag = format!("without-{stage}");
         let folder =
-            write_original(&*source, dir.path(), &tag, OriginalOptions { stage, world: 3, dtype: None })
-                .unwrap();
+            write_original(&*source, dir.path(), &tag, OriginalOptions::new(stage, 3), &Silent).unwrap();
         fs::remove_file(folder.join(file)).unwrap();
         let error = open_any(dir.path(), None).unwrap_err();
         assert!(matches!(error, CheckpointError::Damaged { .. }), "{error}");
@@ -233,14 +352,14 @@ proptest! {
 
     #[test]
     fn a_changed_byte_or_a_cut_never_panics(
-        stage in 1u8..=3,
+        stage in 0u8..=3,
         which in 0usize..8,
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
         cut in proptest::option::of(any::<prop::sample::Index>()),
     ) {
         let dir = tempfile::tempdir().unwrap();
         let source = ours(dir.path(), DType::BF16);
-        let folder = write_original(&*source, dir.path(), "x", OriginalOptions { stage, world: 2, dtype: None }).unwrap();
+        let folder = write_original(&*source, dir.path(), "x", OriginalOptions::new(stage, 2), &Silent).unwrap();
         let mut files: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
         files.sort();
         let file = &files[which % files.len()];

@@ -62,6 +62,7 @@ fn settings(variant: Variant, precision: DType, folder: &Path, behind: bool) -> 
         offload: (variant.offload == Offload::Nvme).then(|| OffloadSettings {
             folder: folder.to_owned(),
             ratio: 0.6,
+            sub_group_len: 100,
             options: Options::default(),
             depth: Depth { read_ahead: 1, write_behind: 1 },
         }),

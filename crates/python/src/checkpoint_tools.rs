@@ -7,7 +7,7 @@ use std::{
 };
 
 use deepspeed_checkpoint::{
-    CheckpointError, ElementType, Location, Silent, Source, TensorFacts,
+    CheckpointError, ElementType, Location, OriginalOptions, Silent, Source, TensorFacts,
     export::{ExportFormat, ExportOptions, ExportPlan, ExportTensor, ModelFile, export, read_tensor},
 };
 use deepspeed_core::DType;
@@ -181,6 +181,18 @@ fn export_model(
     Ok((exported.files, exported.absent))
 }
 
+/// Writes a checkpoint of any format as one of the original's universal format.
+#[pyfunction]
+#[pyo3(signature = (path, out, *, overwrite))]
+fn write_universal(py: Python<'_>, path: PathBuf, out: PathBuf, overwrite: bool) -> PyResult<()> {
+    enter(py, || {
+        let source = Location::find(&path, None)?.open()?;
+        let mut options = OriginalOptions::of(&*source);
+        options.stage = options.stage.max(1);
+        deepspeed_checkpoint::write_universal(&*source, &out, options, overwrite, &Silent)
+    })
+}
+
 /// A file of weights that is written tensor by tensor and appears when it is complete.
 #[pyclass(frozen, name = "ModelFile", module = "deepspeed._native")]
 struct PyModelFile(Mutex<Option<ModelFile>>);
@@ -240,5 +252,6 @@ pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PySavedModel>()?;
     module.add_class::<PyModelFile>()?;
     module.add_function(wrap_pyfunction!(export_model, module)?)?;
+    module.add_function(wrap_pyfunction!(write_universal, module)?)?;
     Ok(())
 }

@@ -2,4 +2,4 @@
 
 from deepspeed._lazy import attach
 
-__getattr__, __dir__ = attach(__name__, submodules=("universal_checkpoint", "utils"))
+__getattr__, __dir__ = attach(__name__, submodules=("ds_to_universal", "universal_checkpoint", "utils"))

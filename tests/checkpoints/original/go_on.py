@@ -20,17 +20,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", required=True)
     parser.add_argument("--case", required=True)
+    parser.add_argument("--universal", action="store_true", help="load the universal checkpoint of the folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     deepspeed.init_distributed("gloo")
     case = all_cases()[args.case]
+    settings = {**case["config"], **({"checkpoint": {"load_universal": True}} if args.universal else {})}
     model = build(seed=999)
+    if args.universal:
+        # Of this format the original loads what is trained: frozen parameters and buffers stay as the script made them.
+        model.frozen.load_state_dict(build().frozen.state_dict())
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=client_optimizer(case, model),
         model_parameters=groups(model),
-        config=case["config"],
+        config=settings,
     )
     path, client = engine.load_checkpoint(args.folder)
     assert path is not None

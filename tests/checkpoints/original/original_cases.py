@@ -44,8 +44,7 @@ def all_cases() -> dict[str, dict[str, Any]]:
         for stage in (0, 1, 2, 3):
             universal = stage in (2, 3)
             case(f"{precision}-stage{stage}-world2", 2, config(precision, stage), universal=universal)
-        case(f"{precision}-stage1-world1", 1, config(precision, 1))
-        case(f"{precision}-stage3-world1", 1, config(precision, 3))
+            case(f"{precision}-stage{stage}-world1", 1, config(precision, stage))
     for stage in (1, 2, 3):
         case(f"fp16-stage{stage}-world2", 2, config("fp16", stage))
     case("bf16-optimizer-world2", 2, config("bf16", 1, data_types={"grad_accum_dtype": "fp32"}))

@@ -143,12 +143,31 @@ def _save_something_larger(folder: str) -> None:
     deepspeed.initialize(model=model, config=settings)[0].save_checkpoint(folder, "large")
 
 
-def test_a_killed_export_leaves_nothing_that_stays(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 96 MiB of weights."""
     from harness import run_ranks
 
-    run_ranks(_save_something_larger, 1, str(tmp_path / "saves"))
+    folder = tmp_path_factory.mktemp("large")
+    run_ranks(_save_something_larger, 1, str(folder))
+    return folder
+
+
+def test_memory_stays_below_one_shard(large: Path, tmp_path: Path) -> None:
+    shard = 20_000_000
+    for dtype in ("fp32", "bf16"):
+        arguments = ["export", large, tmp_path / dtype, "--max-shard-size", f"{shard}B", "--dtype", dtype]
+        child = subprocess.Popen([DEEPSPEED, "checkpoint", *arguments], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        assert child.returncode == 0
+        assert len(list((tmp_path / dtype).glob("model-*.safetensors"))) >= 3
+        assert usage.ru_maxrss * 1024 < 1.1 * shard, usage.ru_maxrss
+
+
+def test_a_killed_export_leaves_nothing_that_stays(large: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [str(DEEPSPEED), "checkpoint", "export", str(tmp_path / "saves"), str(out)]
+    command = [str(DEEPSPEED), "checkpoint", "export", str(large), str(out)]
     killed = 0
     for _ in range(20):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -165,6 +184,6 @@ def test_a_killed_export_leaves_nothing_that_stays(tmp_path: Path) -> None:
             out.rmdir()
     assert killed, "no run was caught while it wrote"
     assert not out.exists()
-    checkpoint_command("export", tmp_path / "saves", out).check()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saves"]
+    checkpoint_command("export", large, out).check()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(read(out)) == 48

@@ -27,4 +27,4 @@ mod writing;
 
 pub(crate) use files::is_original;
 pub use source::OriginalCheckpoint;
-pub use writing::{OriginalOptions, write_original};
+pub use writing::{OriginalOptions, WholeState, write_original, write_universal};

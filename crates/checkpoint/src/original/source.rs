@@ -348,6 +348,7 @@ fn read_counters(file: &TorchFile, model: &ModelStates<'_>, facts: &Facts, world
         "loss_scaler": facts.scaler.clone().unwrap_or_else(|| json!({ "type": "static", "scale": 1.0 })),
         "train_batch_size": batch,
         "accumulation_steps": accumulation,
+        "gradient_clipping": config.and_then(|it| it.some("gradient_clipping")).and_then(Item::float),
         "face": Value::Null,
     }))
 }

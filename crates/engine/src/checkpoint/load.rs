@@ -1,12 +1,15 @@
 //! Loading: every rank the elements it needs, whatever world and stage wrote them.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use deepspeed_checkpoint::{CheckpointError, Source, kind};
 use deepspeed_core::{DType, Layout, ParamSpec, Rank, Span, SpanMut};
 use deepspeed_optim::{Hyper, state_names};
 
-use super::agree::agree;
+use super::{
+    agree::agree,
+    reading::{Wanted, cut, read_all, verify},
+};
 use crate::{Engine, EngineError, sharded_weights::Shards};
 
 /// What to load of a checkpoint.
@@ -59,9 +62,15 @@ impl Engine {
             )));
         }
         if let Some(checkpoint) = &checkpoint {
-            let checked = checkpoint.verify_share(group.rank(), group.world());
+            // Nothing is changed before every byte has been found right, each by one rank. Where each host has files of its
+            // own, and has got others over the group, by one rank of the host.
+            let hosts = self.hosts()?;
+            let neighbours = hosts.ranks_of(hosts.lead(group.rank()));
+            let index = neighbours.iter().position(|rank| *rank == group.rank().index()).unwrap_or(0);
+            let checked = verify(&**checkpoint, (index, neighbours.len()), self.settings.threads);
             agree(group, "checksums of the checkpoint", checked, |()| Vec::new())
                 .map_err(EngineError::damaged)?;
+            checkpoint.trust();
         }
         group.set_activity("");
         Ok(checkpoint)
@@ -152,62 +161,78 @@ impl Engine {
         frozen: &mut [(String, SpanMut<'_>)],
     ) -> Result<(), EngineError> {
         let rank = self.group.rank();
-        if !options.weights {
-            // They are the face's matter.
-        } else if let Some(sharded) = &mut self.weights {
-            read_shards(checkpoint, &self.layout, &mut sharded.trained, rank)?;
-            read_shards(checkpoint, &sharded.frozen_layout, &mut sharded.frozen, rank)?;
+        let layout = Arc::clone(&self.layout);
+        if let Some(sharded) = self.weights.as_mut().filter(|_| options.weights) {
+            let mut wanted = wanted_shards(checkpoint, &layout, &mut sharded.trained, rank);
+            wanted.extend(wanted_shards(checkpoint, &sharded.frozen_layout, &mut sharded.frozen, rank));
+            read_all(checkpoint, &self.workers, wanted)?;
             self.load_masters_from_shards()?;
-        } else {
-            for (spec, weights) in self.layout.params.iter().zip(weights.iter_mut()) {
-                if checkpoint.param(&spec.name).is_some() {
-                    let kind = weight_kind(checkpoint, spec);
-                    read_cast(checkpoint, &spec.name, kind, 0..spec.numel(), weights)?;
-                }
-            }
+        } else if options.weights {
+            let stored = layout.params.iter().zip(weights.iter_mut());
+            let stored = stored.filter(|(spec, _)| checkpoint.param(&spec.name).is_some());
+            let wanted = stored.map(|(spec, weights)| {
+                let len = weights.len();
+                let (name, kind) = (spec.name.as_str(), weight_kind(checkpoint, spec));
+                Wanted { name, kind, start: 0, target: weights.slice_mut(0, len) }
+            });
+            read_all(checkpoint, &self.workers, wanted.collect())?;
             let spans: Vec<Span<'_>> = weights.iter().map(SpanMut::as_span).collect();
             self.load_masters(&spans)?;
         }
-        for (name, weights) in frozen.iter_mut().filter(|_| options.weights) {
-            if checkpoint.dtype(name, kind::WEIGHT).is_some() {
-                read_cast(checkpoint, name, kind::WEIGHT, 0..weights.len(), weights)?;
-            }
-        }
-        let names = hypers.first().map_or(&[] as &[&str], state_names);
+        let stored = frozen.iter_mut().filter(|_| options.weights);
+        let stored = stored.filter(|(name, _)| checkpoint.dtype(name, kind::WEIGHT).is_some());
+        let wanted = stored.map(|(name, weights)| {
+            let len = weights.len();
+            Wanted { name, kind: kind::WEIGHT, start: 0, target: weights.slice_mut(0, len) }
+        });
+        read_all(checkpoint, &self.workers, wanted.collect())?;
         if options.module_only || !options.optimizer_states {
             return Ok(());
         }
-        for unit in &self.layout.units {
-            let shard = &mut self.shards[unit.id.index()];
+        let names = hypers.first().map_or(&[] as &[&str], state_names);
+        self.read_state(checkpoint, names)
+    }
+
+    /// This rank's shards of masters and optimizer state.
+    fn read_state(&mut self, checkpoint: &dyn Source, names: &[&str]) -> Result<(), EngineError> {
+        let (layout, rank) = (Arc::clone(&self.layout), self.group.rank());
+        let fits =
+            |spec: &ParamSpec| checkpoint.param(&spec.name).is_some_and(|stored| stored.shape == spec.shape);
+        let mut wanted = Vec::new();
+        for (unit, shard) in layout.units.iter().zip(&mut self.shards) {
+            let masters = shard.master.as_mut().map(|master| (None, master.span_mut()));
+            let states = names.iter().zip(&mut shard.state);
+            let states = states.map(|(name, state)| (Some(*name), state.span_mut()));
+            for (state, memory) in masters.into_iter().chain(states) {
+                for (fragment, target) in cut(unit, rank, memory) {
+                    let spec = layout.param(fragment.param);
+                    let kind = state.or_else(|| master_kind(checkpoint, &spec.name));
+                    if let Some(kind) = kind.filter(|_| fits(spec)) {
+                        let start = fragment.param_offset;
+                        wanted.push(Wanted { name: &spec.name, kind, start, target });
+                    }
+                }
+            }
+        }
+        read_all(checkpoint, &self.workers, wanted)?;
+        let Some(offloaded) = &self.offloaded else { return Ok(()) };
+        for unit in layout.units.iter().filter(|unit| offloaded.holds(unit.id)) {
             let range = unit.shard(rank);
             for fragment in unit.fragments(range.clone()) {
-                let spec = self.layout.param(fragment.param);
-                let name = &spec.name;
-                if checkpoint.param(name).is_none_or(|stored| stored.shape != spec.shape) {
+                let spec = layout.param(fragment.param);
+                if !fits(spec) {
                     continue;
                 }
-                let start = fragment.unit_offset - range.start;
-                let part = start..start + fragment.len;
-                let stored = fragment.param_offset..fragment.param_offset + fragment.len;
-                let saved_master = master_kind(checkpoint, name);
-                if let (Some(master), Some(kind)) = (&mut shard.master, saved_master) {
-                    let mut target = SpanMut::from(&mut master.as_f32_mut()[part.clone()]);
-                    read_cast(checkpoint, name, kind, stored.clone(), &mut target)?;
-                }
-                for (state, tensor) in names.iter().zip(&mut shard.state) {
-                    let mut target = SpanMut::from(&mut tensor.as_f32_mut()[part.clone()]);
-                    read_cast(checkpoint, name, state, stored.clone(), &mut target)?;
-                }
-                if let Some(offloaded) = self.offloaded.as_ref().filter(|it| it.holds(unit.id)) {
-                    let master = saved_master.filter(|_| offloaded.has_master(unit.id));
-                    let master = master.map(|kind| (kind, None));
-                    let states = names.iter().enumerate().map(|(index, name)| (*name, Some(index)));
-                    let mut values = vec![0.0f32; fragment.len];
-                    for (kind, state) in master.into_iter().chain(states) {
-                        let mut target = SpanMut::from(&mut values[..]);
-                        read_cast(checkpoint, name, kind, stored.clone(), &mut target)?;
-                        offloaded.write(unit.id, state, start, Span::from(&values[..]))?;
-                    }
+                let master = master_kind(checkpoint, &spec.name).filter(|_| offloaded.has_master(unit.id));
+                let states = names.iter().enumerate().map(|(index, name)| (*name, Some(index)));
+                let mut values = vec![0.0f32; fragment.len];
+                let start = fragment.param_offset;
+                for (kind, state) in master.map(|kind| (kind, None)).into_iter().chain(states) {
+                    let target = SpanMut::from(&mut values[..]);
+                    let wanted = vec![Wanted { name: &spec.name, kind, start, target }];
+                    read_all(checkpoint, &self.workers, wanted)?;
+                    let at = fragment.unit_offset - range.start;
+                    offloaded.write(unit.id, state, at, Span::from(&values[..]))?;
                 }
             }
         }
@@ -228,26 +253,24 @@ fn master_kind(checkpoint: &dyn Source, name: &str) -> Option<&'static str> {
     [kind::MASTER, kind::WEIGHT].into_iter().find(|kind| fp32(kind))
 }
 
-/// Reads this rank's shards of the weights.
-fn read_shards(
+/// This rank's shards of the weights.
+fn wanted_shards<'a>(
     checkpoint: &dyn Source,
-    layout: &Layout,
-    shards: &mut Shards,
+    layout: &'a Layout,
+    shards: &'a mut Shards,
     rank: Rank,
-) -> Result<(), CheckpointError> {
-    for (unit, mut own) in layout.units.iter().zip(shards.own_mut()) {
-        let range = unit.shard(rank);
-        for fragment in unit.fragments(range.clone()) {
+) -> Vec<Wanted<'a>> {
+    let mut wanted = Vec::new();
+    for (unit, own) in layout.units.iter().zip(shards.own_mut()) {
+        for (fragment, target) in cut(unit, rank, own) {
             let spec = layout.param(fragment.param);
-            if checkpoint.dtype(&spec.name, kind::WEIGHT).is_none() {
-                continue;
+            if checkpoint.dtype(&spec.name, kind::WEIGHT).is_some() {
+                let kind = weight_kind(checkpoint, spec);
+                wanted.push(Wanted { name: &spec.name, kind, start: fragment.param_offset, target });
             }
-            let stored = fragment.param_offset..fragment.param_offset + fragment.len;
-            let mut target = own.slice_mut(fragment.unit_offset - range.start, fragment.len);
-            read_cast(checkpoint, &spec.name, weight_kind(checkpoint, spec), stored, &mut target)?;
         }
     }
-    Ok(())
+    wanted
 }
 
 /// Reads `range` of a parameter's `kind` into `target`, cast to its dtype.

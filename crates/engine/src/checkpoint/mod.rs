@@ -8,6 +8,7 @@ mod agree;
 mod behind;
 mod hosts;
 mod load;
+mod reading;
 mod resume;
 mod save;
 mod state;

@@ -14,6 +14,7 @@ impl Engine {
             "loss_scaler": self.scaler,
             "train_batch_size": self.settings.train_batch_size,
             "accumulation_steps": self.settings.accumulation_steps,
+            "gradient_clipping": self.settings.gradient_clipping,
         })
     }
 

@@ -9,6 +9,8 @@
 mod model;
 mod plan;
 mod shards;
+mod universal;
+mod whole;
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -17,12 +19,14 @@ use std::{
 
 use deepspeed_core::DType;
 
+pub use self::universal::write_universal;
+
 use self::{
     model::{Facts, model_plans},
     plan::Plan,
     shards::{partition_plan, shard_plan},
 };
-use crate::{CheckpointError, Draft, Result, Source};
+use crate::{CheckpointError, Draft, Progress, Result, Source};
 
 /// The version of the original whose layout is written.
 const LAYOUT_VERSION: &str = "0.19.8";
@@ -30,12 +34,36 @@ const LAYOUT_VERSION: &str = "0.19.8";
 /// In what form to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OriginalOptions {
-    /// The ZeRO stage: 1, 2 or 3.
+    /// The ZeRO stage.
     pub stage: u8,
     /// Number of ranks that will load it: the original loads at the number that wrote.
     pub world: usize,
     /// What the model computes in; none for what the source's trained parameters are.
     pub dtype: Option<DType>,
+    /// How optimizer state of 16-bit models is kept at stage 0; none for what the options of the source's parameter groups
+    /// tell: those of torch's optimizers, or others.
+    pub state: Option<WholeState>,
+}
+
+/// How the original keeps the optimizer state of 16-bit models at stage 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WholeState {
+    /// All of a parameter group in one tensor: with its own fused optimizers, such as Adam without `torch_adam`.
+    Flat,
+    /// A tensor per parameter: with torch's optimizers.
+    PerParameter,
+}
+
+impl OriginalOptions {
+    /// For `world` ranks at `stage`, and everything else as in the source.
+    pub fn new(stage: u8, world: usize) -> Self {
+        Self { stage, world, dtype: None, state: None }
+    }
+
+    /// For as many ranks, and at the stage, that wrote `source`.
+    pub fn of(source: &dyn Source) -> Self {
+        Self::new(source.stage().unwrap_or(0), source.world().max(1))
+    }
 }
 
 /// Writes `source` as the checkpoint `tag` of `dir` in the original's layout, and makes `latest` name it. Returns the
@@ -52,17 +80,19 @@ pub fn write_original(
     dir: &Path,
     tag: &str,
     options: OriginalOptions,
+    progress: &dyn Progress,
 ) -> Result<PathBuf> {
     let unsupported = |reason: String| CheckpointError::Unsupported { folder: dir.join(tag), reason };
-    if !(1..=3).contains(&options.stage) || options.world == 0 {
+    if options.stage > 3 || options.world == 0 {
         return Err(unsupported(format!(
-            "the original's layout is written for ZeRO stages 1 to 3 and at least one rank, not for stage {} and {} ranks",
+            "the original's layout is written for ZeRO stages 0 to 3 and at least one rank, not for stage {} and {} ranks",
             options.stage, options.world
         )));
     }
     let facts = Facts::read(source, options).map_err(unsupported)?;
     let mut plans: Vec<Plan> = model_plans(source, &facts)?;
-    for rank in 0..options.world {
+    let shards = if options.stage == 0 { 0 } else { options.world };
+    for rank in 0..shards {
         plans.push(if options.stage == 3 {
             shard_plan(source, &facts, rank)
         } else {
@@ -70,8 +100,9 @@ pub fn write_original(
         });
     }
     let draft = Draft::begin(dir, tag, RandomState::new().hash_one(std::process::id()))?;
+    progress.begin("converting", plans.iter().map(Plan::bytes).sum());
     for plan in &plans {
-        plan.write(source, draft.folder())?;
+        plan.write(source, draft.folder(), progress)?;
     }
     draft.commit_files()
 }

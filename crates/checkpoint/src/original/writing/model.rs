@@ -4,8 +4,9 @@ use deepspeed_core::{DType, Rank};
 use serde_json::Value;
 
 use super::{
-    LAYOUT_VERSION, OriginalOptions,
+    LAYOUT_VERSION, OriginalOptions, WholeState,
     plan::{Piece, Plan, Storages},
+    whole::whole_optimizer,
 };
 use crate::{
     ElementType, ParamRecord, Result, Source, kind,
@@ -34,6 +35,10 @@ pub(super) struct Facts {
     counters: [i64; 3],
     /// Updates made.
     pub(super) updates: i64,
+    /// The gradient norm that is not exceeded; 0 where that is not known or not wanted.
+    pub(super) clip: f64,
+    /// How a 16-bit model keeps its state at stage 0.
+    pub(super) state: WholeState,
     scaler: Value,
     config: Object,
 }
@@ -51,7 +56,7 @@ impl Facts {
                 numel(&param.shape).ok_or_else(|| format!("`{}` has shape {:?}", param.name, param.shape))?;
             match param.group {
                 // The original leaves parameters without elements out of its flat memory.
-                Some(group) if numel > 0 => groups[group].push((param.clone(), numel)),
+                Some(group) if numel > 0 || options.stage == 0 => groups[group].push((param.clone(), numel)),
                 _ => frozen.push((param.clone(), numel)),
             }
         }
@@ -74,6 +79,9 @@ impl Facts {
             }
         }
         saved.resize(count, Vec::new());
+        let of_torch =
+            saved.iter().flatten().any(|(key, _)| matches!(key, Object::Text(key) if key == "foreach"));
+        let told = if of_torch { WholeState::PerParameter } else { WholeState::Flat };
         let state = source.state();
         let int = |value: &Value| value.as_i64().unwrap_or(0);
         let counters = &state["counters"];
@@ -91,6 +99,8 @@ impl Facts {
                 int(&counters["global_samples"]),
             ],
             updates: int(&counters["optimizer_steps"]),
+            clip: state["gradient_clipping"].as_f64().unwrap_or(0.0),
+            state: options.state.unwrap_or(told),
             scaler: state["loss_scaler"].clone(),
             config: config(state, dtype, options),
         })
@@ -103,6 +113,27 @@ impl Facts {
 
     pub(super) fn config(&self) -> Object {
         self.config.clone()
+    }
+
+    /// The loss scaler as entries of an optimizer that has no object for it.
+    pub(super) fn loss_scale_entries(&self) -> Vec<(&'static str, Object)> {
+        let [_, steps, _] = self.counters;
+        let scaler = &self.scaler;
+        let dynamic = self.dtype == DType::F16 && scaler["type"] == "dynamic";
+        let scale = if self.dtype == DType::F16 { scaler["scale"].as_f64().unwrap_or(1.0) } else { 1.0 };
+        let iteration = if dynamic { scaler["iteration"].as_i64().unwrap_or(steps) } else { steps };
+        let mut entries = vec![
+            ("dynamic_loss_scale", Object::Bool(dynamic)),
+            ("cur_scale", Object::Float(scale)),
+            ("cur_iter", Object::Int(iteration)),
+        ];
+        if dynamic {
+            let window = scaler["settings"]["loss_scale_window"].as_i64().unwrap_or(1000);
+            entries.push(("last_overflow_iter", Object::Int(scaler["last_overflow"].as_i64().unwrap_or(-1))));
+            entries.push(("scale_factor", Object::Float(2.0)));
+            entries.push(("scale_window", Object::Int(window)));
+        }
+        entries
     }
 
     /// The loss scaler as the original's object.
@@ -144,6 +175,10 @@ fn config(state: &Value, dtype: DType, options: OriginalOptions) -> Object {
     let mut entries = Vec::new();
     if let Some(batch) = state["train_batch_size"].as_i64() {
         entries.push(("train_batch_size", Object::Int(batch)));
+    }
+    let clip = state["gradient_clipping"].as_f64();
+    if let Some(clip) = clip {
+        entries.push(("gradient_clipping", Object::Float(clip)));
     }
     entries.push(("zero_optimization", Object::dict([("stage", Object::Int(options.stage.into()))])));
     let enabled = || Object::dict([("enabled", Object::Bool(true))]);
@@ -213,7 +248,7 @@ fn model_plan(source: &dyn Source, facts: &Facts, rank: usize) -> Result<Plan> {
         .filter(|(param, _)| param.group.is_none() && source.dtype(&param.name, kind::WEIGHT).is_some())
         .cloned()
         .collect();
-    let (frozen_shapes, frozen_fragments) = if facts.stage == 1 {
+    let (frozen_shapes, frozen_fragments) = if facts.stage < 2 {
         (Object::None, Object::None)
     } else {
         let mut fragments = Vec::new();
@@ -234,14 +269,21 @@ fn model_plan(source: &dyn Source, facts: &Facts, rank: usize) -> Result<Plan> {
     let tied = source.tied().iter().filter(|_| facts.stage < 3 || rank == 0);
     let shared =
         tied.map(|(other, name)| (Object::from(other.as_str()), Object::from(name.as_str()))).collect();
+    // At stage 0 the model is as torch has it, and so is what the file says of it.
+    let (optimizer, param_shapes, shared) = if facts.stage == 0 {
+        (whole_optimizer(source, facts, &mut storages), Object::None, Object::None)
+    } else {
+        let param_shapes = Object::List(facts.groups.iter().map(|group| shapes(group)).collect());
+        (Object::None, param_shapes, Object::Dict(shared))
+    };
     let [skipped, steps, samples] = facts.counters;
     let mut entries = vec![
         ("module", Object::OrderedDict(module)),
         ("buffer_names", Object::List(buffer_names)),
-        ("optimizer", Object::None),
-        ("param_shapes", Object::List(facts.groups.iter().map(|group| shapes(group)).collect())),
+        ("optimizer", optimizer),
+        ("param_shapes", param_shapes),
         ("frozen_param_shapes", frozen_shapes),
-        ("shared_params", Object::Dict(shared)),
+        ("shared_params", shared),
         ("frozen_param_fragments", frozen_fragments),
         ("lr_scheduler", facts.schedule.clone()),
         ("data_sampler", Object::None),
@@ -275,7 +317,10 @@ fn client_state(source: &dyn Source, storages: &mut Storages, rank: usize) -> Re
         Some(bytes) => Some(bytes),
         None => source.blob(Rank(0), "client_state")?,
     };
-    let Some(bytes) = bytes else { return Ok(Vec::new()) };
+    // A program without a client state may have said so in its own way.
+    let Some(bytes) = bytes.filter(|bytes| !bytes.is_empty() && bytes != b"{}") else {
+        return Ok(Vec::new());
+    };
     let unsupported = |reason: String| crate::CheckpointError::Unsupported {
         folder: source.folder().to_owned(),
         reason: format!("its client state: {reason}"),

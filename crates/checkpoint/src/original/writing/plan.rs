@@ -6,7 +6,7 @@ use deepspeed_core::{DType, Span};
 use half::{bf16, f16};
 
 use crate::{
-    CheckpointError, ElementType, Result, Source,
+    CheckpointError, ElementType, Progress, Result, Source,
     disk::{Disk, RealDisk},
     original::{
         pickle::Object,
@@ -58,21 +58,30 @@ impl Storages {
 }
 
 impl Plan {
+    /// Bytes of all storages.
+    pub(super) fn bytes(&self) -> u64 {
+        self.storages.0.iter().map(|(storage, _)| (storage.numel * storage.dtype.size()) as u64).sum()
+    }
+
     /// Writes and syncs the file in `folder`.
     ///
     /// # Errors
     /// [`CheckpointError::Io`]; errors of reading.
-    pub(super) fn write(&self, source: &dyn Source, folder: &Path) -> Result<()> {
+    pub(super) fn write(&self, source: &dyn Source, folder: &Path, progress: &dyn Progress) -> Result<()> {
         let path = folder.join(&self.name);
         let mut file = RealDisk.create_file(&path, 0).map_err(CheckpointError::io("create", &path))?;
-        let archive = self.name.strip_suffix(".pt").unwrap_or(&self.name);
+        // Readers take everything up to the first slash for the archive's name.
+        let archive = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("archive");
         {
             let sink = |bytes: &[u8]| file.write(bytes).map_err(CheckpointError::io("write", &path));
             let mut writer = TorchWriter::start(sink, archive, &self.object)?;
             for (storage, pieces) in &self.storages.0 {
                 writer.begin_storage()?;
                 for piece in pieces {
-                    put(source, piece, storage.dtype, &mut |bytes| writer.bytes(bytes))?;
+                    put(source, piece, storage.dtype, &mut |bytes| {
+                        progress.advance(bytes.len() as u64);
+                        writer.bytes(bytes)
+                    })?;
                 }
                 writer.end_storage()?;
             }

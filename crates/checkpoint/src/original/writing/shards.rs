@@ -15,26 +15,26 @@ use crate::{ParamRecord, Source, kind, original::pickle::Object};
 const SUB_GROUP: usize = 1_000_000_000;
 
 /// A part of a parameter in a flat run, followed by padding.
-struct Part<'a> {
-    param: &'a ParamRecord,
-    range: std::ops::Range<usize>,
-    padding: usize,
+pub(super) struct Part<'a> {
+    pub(super) param: &'a ParamRecord,
+    pub(super) range: std::ops::Range<usize>,
+    pub(super) padding: usize,
 }
 
 /// The kinds of the optimizer's state that a group's parameters have.
-fn kinds(source: &dyn Source, group: &[(ParamRecord, usize)]) -> BTreeSet<String> {
+pub(super) fn kinds(source: &dyn Source, group: &[(ParamRecord, usize)]) -> BTreeSet<String> {
     let kinds = group.iter().flat_map(|(param, _)| source.kinds(&param.name));
     kinds.filter(|kind| !matches!(*kind, kind::WEIGHT | kind::MASTER)).map(str::to_owned).collect()
 }
 
 /// Masters are fp32 weights where there are none.
-fn master(source: &dyn Source, part: &Part<'_>) -> Piece {
+pub(super) fn master(source: &dyn Source, part: &Part<'_>) -> Piece {
     let name = &part.param.name;
     let kind = if source.dtype(name, kind::MASTER).is_some() { kind::MASTER } else { kind::WEIGHT };
     Piece::elements(name, kind, part.range.clone())
 }
 
-fn state(source: &dyn Source, part: &Part<'_>, kind: &str) -> Piece {
+pub(super) fn state(source: &dyn Source, part: &Part<'_>, kind: &str) -> Piece {
     let name = &part.param.name;
     if source.dtype(name, kind).is_none() {
         return Piece::Padding(part.range.len());
@@ -43,7 +43,7 @@ fn state(source: &dyn Source, part: &Part<'_>, kind: &str) -> Piece {
 }
 
 /// A flat fp32 tensor of the parts, `padded` elements longer.
-fn flat<'a>(
+pub(super) fn flat<'a>(
     storages: &mut Storages,
     parts: &[Part<'a>],
     padded: usize,
@@ -60,7 +60,7 @@ fn flat<'a>(
 }
 
 /// The state dict entries of a run: the number of updates, and a tensor per kind.
-fn entry<'a>(
+pub(super) fn entry<'a>(
     storages: &mut Storages,
     source: &dyn Source,
     facts: &Facts,
@@ -78,7 +78,7 @@ fn entry<'a>(
 }
 
 /// The optimizer's options of a group, with the numbers of its runs.
-fn options(facts: &Facts, group: usize, runs: Vec<Object>) -> Object {
+pub(super) fn options(facts: &Facts, group: usize, runs: Vec<Object>) -> Object {
     let mut options = facts.options[group].clone();
     options.push(("params".into(), Object::List(runs)));
     Object::Dict(options)
@@ -127,7 +127,7 @@ pub(super) fn partition_plan(source: &dyn Source, facts: &Facts, rank: usize) ->
         ("loss_scaler", scaler),
         ("dynamic_loss_scale", Object::Bool(dynamic)),
         ("overflow", Object::Bool(false)),
-        ("clip_grad", Object::Float(0.0)),
+        ("clip_grad", Object::Float(facts.clip)),
         (
             "base_optimizer_state",
             Object::dict([("state", Object::Dict(states)), ("param_groups", Object::List(groups))]),
