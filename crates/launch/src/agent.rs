@@ -33,6 +33,9 @@ const LOOK: Duration = Duration::from_secs(5);
 /// A launcher that says nothing for so long is taken for gone, and the network with it.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// The same as long as no rank runs: other hosts may take their time to answer, and `deepspeed doctor` its time to ask.
+const SILENCE_BEFORE: Duration = Duration::from_secs(120);
+
 /// From SIGTERM to SIGKILL when the connection has closed.
 const TERMINATE: Duration = Duration::from_millis(1100);
 
@@ -160,8 +163,9 @@ impl Agent {
             if let Some(over) = self.read_orders()? {
                 return Ok(over);
             }
-            if self.now() > self.heard + SILENCE {
-                self.say(&format!("the launcher has said nothing for {} s", SILENCE.as_secs()));
+            let patience = if self.plan.is_some() { SILENCE } else { SILENCE_BEFORE };
+            if self.now() > self.heard + patience {
+                self.say(&format!("the launcher has said nothing for {} s", patience.as_secs()));
                 return Ok(Over::Closed);
             }
             if !self.outgoing.send() {

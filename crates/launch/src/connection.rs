@@ -262,6 +262,11 @@ impl Connection {
         }
     }
 
+    /// Nothing more is expected from here: the host has gone silent, and its end is not waited for.
+    pub(crate) fn give_up(&mut self) {
+        self.output = None;
+    }
+
     /// Ends the ssh client, even one that is stopped; whatever is left of the other end finds the connection gone. An agent that has
     /// called finds its input closed, and can still be heard to end.
     pub(crate) fn cut(&mut self) {

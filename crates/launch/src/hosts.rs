@@ -293,6 +293,7 @@ impl Job<'_> {
             host.heard = now;
         } else if problem.is_none() && now > host.heard + SILENCE {
             problem = Some(format!("it has said nothing for {} s", SILENCE.as_secs()));
+            host.connection.give_up();
         }
         for one in incoming {
             if let Err(what) = self.take(at, one) {
