@@ -122,7 +122,7 @@ def test_what_is_killed_ends_the_job(way: Way, tmp_path: Path, what: str) -> Non
     with RunnerJob(way, tmp_path, *MEMBER, "deaf") as job:
         members = job.await_members()
         everyone = family(members)
-        first, second = hosts_of(way)
+        _, second = hosts_of(way)
         rank, agent = members[3][:2]
         front = parent_of(agent)
         (runner,) = (pid for pid in children(job.process.pid) if command_of(pid).startswith(way.program))
