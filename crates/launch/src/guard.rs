@@ -37,7 +37,7 @@ const BEAT: Duration = Duration::from_secs(1);
 const SILENT: u32 = 8;
 
 /// How long the guard looks for what is left.
-const SEARCH: Duration = Duration::from_secs(2);
+const SEARCH: Duration = Duration::from_secs(5);
 
 /// The line to the guard; the guard ends when this value does.
 #[derive(Debug)]

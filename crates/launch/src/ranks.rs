@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 /// How long the sweep for left-over processes may take.
-const SWEEP: Duration = Duration::from_millis(500);
+const SWEEP: Duration = Duration::from_millis(1500);
 
 struct Running {
     pid: Pid,
@@ -299,11 +299,15 @@ pub(crate) fn sweep() {
     loop {
         while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
         let left = descendants::of(rustix::process::getpid());
-        if left.is_empty() || began.elapsed() > SWEEP {
+        if left.is_empty() {
             return;
         }
+        // On a busy machine looking alone may take longer than the time for all of it: what was seen is ended in any case.
         for pid in left {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+        if began.elapsed() > SWEEP {
+            return;
         }
         std::thread::sleep(pause);
         pause = (2 * pause).min(Duration::from_millis(20));
