@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_what_is_killed_ends_the_job(way: Way, tmp_path: Path, what: str) -> Non
     with RunnerJob(way, tmp_path, *MEMBER, "deaf") as job:
         members = job.await_members()
         everyone = family(members)
-        _, second = hosts_of(way)
+        second = hosts_of(way)[1]
         rank, agent = members[3][:2]
         front = parent_of(agent)
         (runner,) = (pid for pid in children(job.process.pid) if command_of(pid).startswith(way.program))
@@ -169,3 +170,37 @@ def test_ctrl_c_and_a_killed_launcher(way: Way, tmp_path: Path) -> None:
         everyone = family(job.await_members())
         job.process.kill()
         assert_all_gone(everyone, within=LIMIT)
+
+
+def test_a_slurm_job_is_its_own_hostfile(by_slurm: Way, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["salloc", "--nodes=2", "--ntasks-per-node=2", DEEPSPEED, "--launcher", "slurm", *MEMBER, "done", "x"],
+        cwd=tmp_path, env={**os.environ, **by_slurm.environment, "DS_ACCELERATOR": "cpu"}, text=True,
+        capture_output=True, timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(4):
+        assert f"RANK={rank} WORLD_SIZE=4 in {tmp_path} with x" in done.stdout, done.stdout
+
+
+def test_hosts_that_cannot_be_reached_are_named(way: Way, tmp_path: Path) -> None:
+    if way.name == "slurm":
+        hostfile = tmp_path / "hostfile"
+        hostfile.write_text("worker-1 slots=1\nworker-7 slots=1\n")
+        unreachable, why = replace(way, hostfile=hostfile), "Slurm does not know a node of that name"
+    else:
+        config = way.hostfile.parent / "ssh_config"
+        first, second = config.read_text().split("\n\n")
+        refused = tmp_path / "ssh_config"
+        refused.write_text(first + "\n\n" + re.sub(r"Port \d+", "Port 1", second))
+        unreachable = ssh_ways(tmp_path, way.hostfile, refused)[way.name]
+        why = "nothing listens at ssh's port"
+    with RunnerJob(unreachable, tmp_path, *MEMBER, "wait") as job:
+        assert job.wait(30) == 1, job.text
+        assert "nothing was started" in job.text and why in job.text and "ready" not in job.text, job.text
+    activate = tmp_path / "activate"
+    activate.write_text("PATH=/nowhere\n")
+    with RunnerJob(way, tmp_path, "--venv_script", activate, *MEMBER, "wait") as job:
+        assert job.wait(30) == 1, job.text
+        for host in hosts_of(way):
+            assert f"host {host}: deepspeed is not installed where it is here" in job.text, job.text

@@ -24,6 +24,9 @@ const KEPT: usize = 64 * 1024;
 /// Longer lines of its output are no announcements.
 const LONGEST_LINE: usize = 8 * 1024;
 
+/// How long the runner may go on after it has said that a host cannot be reached, in case it tries again.
+const AGAIN: Duration = Duration::from_secs(3);
+
 /// How long the runner may take to end when its agents have, and again when it was told to.
 const END: Duration = Duration::from_millis(1500);
 
@@ -39,6 +42,8 @@ pub(crate) struct Crossing {
     said: Vec<u8>,
     callers: Callers,
     notes: Vec<String>,
+    /// Since when there are words of a host that cannot be reached.
+    alarmed: Option<Instant>,
     over: bool,
     /// Whether srun asks Slurm for a job of its own.
     asks_for_job: bool,
@@ -51,6 +56,8 @@ pub(crate) struct Tended {
     pub(crate) agents: Vec<(usize, TcpStream)>,
     /// What the runner says that the user should know at once.
     pub(crate) notes: Vec<String>,
+    /// Hosts that will not answer, each with the reason, though the runner goes on.
+    pub(crate) failed: Vec<(usize, String)>,
     /// The runner is over: what that means for each host that has no agent, and for those that have.
     pub(crate) over: Option<(Vec<String>, String)>,
 }
@@ -91,6 +98,7 @@ impl Crossing {
             said: Vec::new(),
             callers,
             notes: Vec::new(),
+            alarmed: None,
             over: false,
             asks_for_job: plan.runner == Runner::Slurm && !plan.reach.in_slurm_job,
         })
@@ -108,7 +116,8 @@ impl Crossing {
         self.listen();
         let (runner, hosts) = (self.runner, &self.hosts);
         let agents = self.callers.tend(|place| host_of(runner, hosts, place));
-        let mut tended = Tended { agents, notes: std::mem::take(&mut self.notes), over: None };
+        let notes = std::mem::take(&mut self.notes);
+        let mut tended = Tended { agents, notes, failed: self.unreachable(), over: None };
         if !self.over
             && let Ok(Some(status)) = self.child.try_wait()
         {
@@ -118,6 +127,20 @@ impl Crossing {
             tended.over = Some(self.explain(code));
         }
         tended
+    }
+
+    /// Hosts without an agent, once the runner has had its time to try again: those that its words name, or all where they name none.
+    fn unreachable(&self) -> Vec<(usize, String)> {
+        if self.over || self.alarmed.is_none_or(|since| since.elapsed() < AGAIN) {
+            return Vec::new();
+        }
+        let said = String::from_utf8_lossy(&self.said);
+        let missing = || self.hosts.iter().enumerate().filter(|(at, _)| !self.callers.is_announced(*at));
+        let named = missing().any(|(_, host)| runner_error::names(&said, host));
+        missing()
+            .filter(|(_, host)| !named || runner_error::names(&said, host))
+            .map(|(at, host)| (at, runner_error::unreachable(&said, host)))
+            .collect()
     }
 
     /// What it means that the runner has ended with this code.
@@ -190,6 +213,9 @@ impl Crossing {
             let text = String::from_utf8_lossy(bytes);
             self.notes
                 .extend(text.lines().filter(|line| line.contains("queued and waiting")).map(str::to_owned));
+        }
+        if self.alarmed.is_none() && runner_error::is_alarming(&String::from_utf8_lossy(bytes)) {
+            self.alarmed = Some(Instant::now());
         }
         self.said.extend_from_slice(bytes);
         let surplus = self.said.len().saturating_sub(KEPT);

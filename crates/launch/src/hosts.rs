@@ -212,9 +212,12 @@ impl Job<'_> {
             }
             if self.now() >= deadline {
                 let text = format!("{late} within {} s", patience.as_secs());
+                // Those that have answered only wait for the others.
+                let some_are_missing = self.hosts.iter().any(|host| matches!(host.state, State::Connecting));
                 for (at, host) in self.hosts.iter_mut().enumerate() {
                     let why = match (&host.state, &self.crossing) {
                         (State::Running | State::Gone(_), _) => continue,
+                        (State::Ready, _) if some_are_missing => continue,
                         (State::Connecting, Some(crossing)) => crossing.why_late(at),
                         _ => None,
                     };
@@ -316,6 +319,11 @@ impl Job<'_> {
         for (at, stream) in tended.agents {
             if let Err(error) = self.hosts[at].connection.adopt(stream) {
                 self.lose(at, format!("its agent's call could not be taken: {error}"));
+            }
+        }
+        for (at, why) in tended.failed {
+            if matches!(self.hosts[at].state, State::Connecting) {
+                self.hosts[at].state = State::Gone(why);
             }
         }
         let Some((missing, lost)) = tended.over else { return };

@@ -7,7 +7,7 @@ use crate::ssh_error;
 /// What runners say, and what it means for the user. The first that is found counts.
 const KNOWN: [(&str, &str); 8] = [
     (
-        "mpirun has detected an attempt to run as root",
+        "has detected an attempt to run as root",
         "Open MPI refuses to run as root; give --launcher_args --allow-run-as-root if that is what you want",
     ),
     ("Requested node configuration is not available", "Slurm has no such nodes, or not as much on them"),
@@ -31,14 +31,49 @@ pub(crate) fn explain(runner: Runner, started: bool, code: i32, said: &str, host
     if let Some(why) = known(said) {
         return why;
     }
-    let of_host = of_host(said, host);
-    let relevant = if of_host.is_empty() { said.to_owned() } else { of_host };
+    let relevant = relevant(said, host);
     // 127 is that of the host's shell, which pdsh passes on.
     let by_ssh = ssh_error::explain(false, Some(code), &relevant, "");
-    if by_ssh.starts_with("no agent has answered") || code > 128 && runner != Runner::Pdsh {
+    if by_ssh.starts_with("no agent has answered")
+        || code > 128 && runner != Runner::Pdsh && !ssh_error::is_known(&relevant)
+    {
         return format!("no agent has answered: {}{}", ended(runner, code), quoted(last(&relevant)));
     }
     by_ssh
+}
+
+/// One sentence on a host that cannot be reached while the runner goes on.
+pub(crate) fn unreachable(said: &str, host: &str) -> String {
+    let relevant = relevant(said, host);
+    // pdsh names the exit code of each ssh.
+    let code = relevant.lines().rev().find_map(|line| line.split_once(SSH_EXITED)?.1.trim().parse().ok());
+    let by_ssh = ssh_error::explain(false, code, &relevant, "");
+    if by_ssh.starts_with("no agent has answered") {
+        return format!("no agent has answered{}", quoted(last(&relevant)));
+    }
+    by_ssh
+}
+
+/// How pdsh says that it has lost a host.
+const SSH_EXITED: &str = "ssh exited with exit code";
+
+/// Whether a runner says there that it could not reach a host.
+pub(crate) fn is_alarming(said: &str) -> bool {
+    ssh_error::is_known(said) || said.contains(SSH_EXITED)
+}
+
+/// Whether the words name the host.
+pub(crate) fn names(said: &str, host: &str) -> bool {
+    !of_host(said, host).is_empty()
+}
+
+/// The lines that tell of the host: those that name it, unless only the others hold words that ssh is known for. Without ornaments.
+fn relevant(said: &str, host: &str) -> String {
+    let of_host = of_host(said, host);
+    let whole = of_host.is_empty() || !is_alarming(&of_host) && is_alarming(said);
+    let telling = |line: &&str| line.chars().any(char::is_alphanumeric);
+    let text = if whole { said } else { &of_host };
+    text.lines().filter(telling).map(|line| format!("{line}\n")).collect()
 }
 
 /// One sentence on the end of a runner whose agents were at work.
@@ -109,13 +144,14 @@ mod tests {
 
     #[test]
     fn what_runners_say_is_explained() {
-        let root = "-----\nmpirun has detected an attempt to run as root.\n\nRunning as root is *strongly* discouraged\n-----\n";
+        let root = "-----\nmpirun.openmpi has detected an attempt to run as root.\n\nRunning as root is *strongly* discouraged\n-----\n";
         let pdsh = "worker-1: ssh: Could not resolve hostname worker-1: Name or service not known\n\
                     pdsh@login: worker-1: ssh exited with exit code 255\n\
                     worker-10: Permission denied (publickey).\n";
         let away = "worker-2: deepspeed: error: the agent: n2 cannot reach the launcher (10.0.0.1:5: Connection refused); \
                     give its address as this host sees it with --launcher_addr\n";
         let shell = "worker-1: deepspeed: 1: exec: deepspeed: not found\npdsh@l: worker-1: ssh exited with exit code 127\n";
+        let open_mpi = "root@10.0.0.3: Permission denied (publickey).\n-----\nORTE was unable to launch.\n  target node:  worker-1\n-----\n";
         insta::assert_snapshot!([
             explain(Runner::OpenMpi, false, 1, root, "worker-1"),
             explain(Runner::Pdsh, false, 0, pdsh, "worker-1"),
@@ -126,13 +162,18 @@ mod tests {
             explain(Runner::Mpich, false, 255, "[mpiexec@vm] match_arg: unrecognized argument bind-to\n", "n1"),
             explain(Runner::Mpich, false, 137, "", "n1"),
             explain(Runner::Slurm, false, 0, "", "n1"),
+            explain(Runner::OpenMpi, false, 255, open_mpi, "worker-1"),
+            unreachable("ssh: connect to host 10.0.0.3 port 22: Connection refused\n", "worker-2"),
+            unreachable(pdsh, "worker-1"),
+            unreachable(shell, "worker-1"),
+            unreachable("pdsh@l: worker-1: ssh exited with exit code 3\n", "worker-1"),
             lost(Runner::OpenMpi, 137, ""),
             lost(Runner::Pdsh, 255, "pdsh@login: worker-1: ssh exited with exit code 255\n"),
             late(true, "", "worker-2").unwrap(),
             late(true, away, "worker-2").unwrap(),
             late(false, "srun: job 7 queued and waiting for resources\n", "n1").unwrap(),
         ].join("\n"), @r#"
-        Open MPI refuses to run as root; give --launcher_args --allow-run-as-root if that is what you want (`mpirun has detected an attempt to run as root.`)
+        Open MPI refuses to run as root; give --launcher_args --allow-run-as-root if that is what you want (`mpirun.openmpi has detected an attempt to run as root.`)
         its name is not known; check the hostfile, or name it in ~/.ssh/config (`worker-1: ssh: Could not resolve hostname worker-1: Name or service not known`)
         it does not let us in without a password; put your public key into its ~/.ssh/authorized_keys (`worker-10: Permission denied (publickey).`)
         deepspeed is not installed where it is here, and not on its PATH; install it there, or give --venv_script (`pdsh@l: worker-1: ssh exited with exit code 127`)
@@ -141,6 +182,11 @@ mod tests {
         the mpirun on PATH is that of another MPI (`[mpiexec@vm] match_arg: unrecognized argument bind-to`)
         no agent has answered: mpirun was killed by signal 9 (SIGKILL)
         no agent has answered: srun exited with code 0
+        it does not let us in without a password; put your public key into its ~/.ssh/authorized_keys (`root@10.0.0.3: Permission denied (publickey).`)
+        nothing listens at ssh's port; start sshd there, or give --ssh_port (`ssh: connect to host 10.0.0.3 port 22: Connection refused`)
+        its name is not known; check the hostfile, or name it in ~/.ssh/config (`worker-1: ssh: Could not resolve hostname worker-1: Name or service not known`)
+        deepspeed is not installed where it is here, and not on its PATH; install it there, or give --venv_script (`pdsh@l: worker-1: ssh exited with exit code 127`)
+        no agent has answered (`pdsh@l: worker-1: ssh exited with exit code 3`)
         mpirun was killed by signal 9 (SIGKILL), through which every host is reached
         pdsh exited with code 255, through which every host is reached (`pdsh@login: worker-1: ssh exited with exit code 255`)
         its agent runs but has not called back; give this machine's address as the host sees it with --launcher_addr

@@ -33,6 +33,11 @@ pub(crate) fn known(said: &str) -> Option<String> {
     })
 }
 
+/// Whether ssh says there that it could not reach a host.
+pub(crate) fn is_known(said: &str) -> bool {
+    KNOWN.iter().any(|(sign, _)| said.contains(sign))
+}
+
 /// One sentence on a connection that has closed.
 ///
 /// - `greeted`: whether the agent had answered before.
