@@ -89,7 +89,7 @@ def over_any_transport(variants: Any) -> list[str]:
 def over_gloo(name: str, folder: str) -> dict[str, Any]:
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=15), verbose=False)
+    deepspeed.init_distributed(dist_backend="cpu:gloo", timeout=timedelta(seconds=15), verbose=False)
     out = {}
     for variant in over_any_transport(VARIANTS):
         engine = start(config(variant, folder=folder), build(ORDERS[name]))
@@ -169,7 +169,7 @@ def test_ranks_generate_texts_of_different_lengths(world: int, tmp_path: Any) ->
 def generation_over_gloo(variant: str) -> list[int]:
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=15), verbose=False)
+    deepspeed.init_distributed(dist_backend="cpu:gloo", timeout=timedelta(seconds=15), verbose=False)
     engine = start(config(variant), build(CASES["gpt"]))
     text = generated(engine, 2 + 5 * engine.global_rank)
     micro_step(engine, CASES["gpt"], 0, torch.float32)
