@@ -9,7 +9,7 @@ SOURCES := $(shell find crates python build_backend -type f \( -name '*.rs' -o -
            Cargo.toml Cargo.lock pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv wheel train test test-rust test-python check format bench clean
+.PHONY: help venv wheel train test test-rust test-python check api format bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ check: $(VENV)/requirements ## Check formatting, lints, types and the share of P
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	@$(PYTHON) tools/source_share.py
+
+api: venv ## Write docs/api.md from the docstrings
+	$(BIN)/python tools/api_reference.py
 
 format: $(VENV)/requirements ## Format everything
 	cargo fmt --all

@@ -18,6 +18,16 @@ class FeatureNotBuiltError(NotImplementedError):
         )
 
 
+class FeatureModuleError(FeatureNotBuiltError, ImportError):
+    """An import of a module of a feature that is not built: also an ImportError, which programs that can do without
+    expect."""
+
+
+def not_built_module(name: str, feature: str) -> NoReturn:
+    """Raises FeatureModuleError for the import of the module `name`."""
+    raise FeatureModuleError(f"import {name}", feature)
+
+
 def not_built(used: str, feature: str) -> NoReturn:
     """Raises FeatureNotBuiltError for `used`."""
     raise FeatureNotBuiltError(used, feature)

@@ -36,11 +36,12 @@ class Config:
     """A judged config."""
 
     @staticmethod
-    def load(spec: str, strict: str | None = None) -> Config:
-        """From the path of a file or base64 of JSON. `strict` is the value of DS_CONFIG_STRICT."""
+    def load(spec: str, strict: str | None = None, template: bool = False) -> Config:
+        """From the path of a file or base64 of JSON. `strict` is the value of DS_CONFIG_STRICT; in a `template` "auto" may be
+        left where somebody else fills it in later."""
 
     @staticmethod
-    def from_dict_text(text: str, strict: str | None = None) -> Config:
+    def from_dict_text(text: str, strict: str | None = None, template: bool = False) -> Config:
         """From a dict that Python's json module has written."""
 
     @property
@@ -63,6 +64,9 @@ class Config:
 
     def scheduler_class(self) -> tuple[str, dict[str, Any]] | None:
         """What `scheduler` names as ("module:class", arguments); None where the config has no scheduler."""
+
+    def block(self, name: str) -> dict[str, Any]:
+        """A block of plain settings, as "tensorboard": every key with its value or its default."""
 
     def weights_folder(self) -> Path | None:
         """The folder in which weights lie while they are not used; None unless offload_param.device is nvme."""
@@ -232,6 +236,9 @@ class Group:
     @property
     def world_size(self) -> int:
         """Number of ranks."""
+
+    def recorded(self, log: CommsLog) -> Group:
+        """The same group, whose collectives are counted in `log`."""
 
     def handle(self) -> str | None:
         """What the other ranks need to join, where this rank made the shared memory."""
@@ -731,6 +738,13 @@ class SavedModel:
     def folder(self) -> Path:
         """The checkpoint's folder."""
 
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage of the run that saved it; 0 where that is not known."""
+
+    def client_state(self) -> bytes | None:
+        """Rank 0's client state as torch.save wrote it; None where there is none."""
+
     def tensors(self) -> list[tuple[str, list[int], str]]:
         """Name, shape and dtype, as `float32`, of each tensor."""
 
@@ -785,3 +799,93 @@ class ModelFile:
 
     def finish(self) -> None:
         """Gives the file its name."""
+
+@final
+class MetricFile:
+    """A file, or a folder of files, to which metrics are written."""
+
+    @staticmethod
+    def csv(folder: str | PathLike[str]) -> MetricFile:
+        """A folder with a CSV file for each metric."""
+
+    @staticmethod
+    def tensorboard(folder: str | PathLike[str]) -> MetricFile:
+        """A file for TensorBoard in a folder."""
+
+    def write(self, events: Sequence[tuple[str, float, int]]) -> None:
+        """Writes metrics: (tag, value, samples of all ranks so far)."""
+
+def step_metrics(engine: Engine, learning_rate: float, loss: float | None = None) -> list[tuple[str, float, int]]:
+    """What is known of the engine's last boundary, as metrics: (tag, value, samples of all ranks so far). `loss` is this
+    rank's."""
+
+@final
+class Timer:
+    """A stopwatch that adds up."""
+
+    def __new__(cls) -> Timer:
+        """A timer that has not run."""
+
+    def start(self) -> None:
+        """Begins an interval; the timer must not be running."""
+
+    def stop(self, record: bool = True) -> None:
+        """Ends the interval; `record` says whether it counts for the mean."""
+
+    @property
+    def running(self) -> bool:
+        """Whether an interval is open."""
+
+    def elapsed(self, reset: bool = True) -> float:
+        """Milliseconds so far, an open interval included; with `reset` counting starts again."""
+
+    def mean(self) -> float:
+        """Mean of the recorded intervals in milliseconds; 0 before the first."""
+
+    def reset(self) -> None:
+        """Forgets everything."""
+
+def samples_per_second(samples: int, milliseconds: float) -> float:
+    """Samples per second, from milliseconds; -inf where there is no time."""
+
+@final
+class CommsLog:
+    """How often each collective ran, on how many bytes, and for how long."""
+
+    def __new__(cls, world: int, only: Sequence[str] | None = None) -> CommsLog:
+        """An empty log of a group of `world` ranks, for the operations `only`, or for all."""
+
+    def add(self, operation: str, bytes: int, seconds: float) -> str | None:
+        """Adds a call of `operation` that moved `bytes` of one rank in `seconds`; returns a line that says so, or None
+        where the operation is not recorded."""
+
+    def summary(self) -> str:
+        """The table of all calls."""
+
+    def calls(self) -> list[tuple[str, int, list[float]]]:
+        """By operation and bytes of one rank: the seconds of each call."""
+
+    def reset(self) -> None:
+        """Forgets all calls."""
+
+@final
+class ModuleProfile:
+    """Operations, parameters and time of a model, module by module."""
+
+    def __new__(cls, modules: Sequence[tuple[str, str, int]]) -> ModuleProfile:
+        """Modules in the order of the tree, the whole model first: path, class, parameters with those inside."""
+
+    def add_operations(self, path: str, operations: int) -> None:
+        """Adds floating-point operations of the module at `path`, those inside it included."""
+
+    def add_time(self, number: int, seconds: float) -> None:
+        """Adds a call of a module, by its number."""
+
+    def reset(self) -> None:
+        """Forgets operations and times."""
+
+    def total(self, what: str, as_text: bool) -> Any:
+        """The "flops", "macs", "params" or "seconds" of the whole model; as text with its unit if `as_text`."""
+
+    def report(self, step: int, depth: int, top: int, detailed: bool, recompute: float) -> str:
+        """The report: totals, the `top` modules at each depth, and with `detailed` all down to `depth` (-1 is all)."""

@@ -43,7 +43,7 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], precision: str
             assert abs(a - b) <= tolerance * max(abs(b), 0.1), f"{what}, step {step}: {a} and {b}"
 
 
-@pytest.mark.parametrize(("world", "backend"), [(1, None), (2, None), (2, "gloo")])
+@pytest.mark.parametrize(("world", "backend"), [(1, None), (2, None), (2, "cpu:gloo")])
 def test_stages_are_bit_identical_and_agree_with_the_cpu(world: int, backend: str | None) -> None:
     wanted = (0, 1, 2, 3)
     found = run_ranks(stages, world, backend, wanted, env=FORCED, deadline=180)

@@ -49,7 +49,7 @@ def test_stages_are_bit_identical(world: int) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_gloo_gives_the_bits_of_shared_memory(world: int) -> None:
     shared = run_ranks(all_stages, world, None, (0, 1, 2), deadline=120)
-    gloo = run_ranks(all_stages, world, "gloo", (0, 1, 2), deadline=120)
+    gloo = run_ranks(all_stages, world, "cpu:gloo", (0, 1, 2), deadline=120)
     for rank in range(world):
         assert "gloo" in gloo[rank].pop("transport")
         assert shared[rank].pop("transport") == "shared memory"

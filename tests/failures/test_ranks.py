@@ -250,7 +250,7 @@ def test_the_others_learn_who_has_gone() -> None:
         assert outcomes[rank].error_type == "CommError" and "rank 2 " in outcomes[rank].error, outcomes[rank].describe()
 
 
-@pytest.mark.parametrize("backend", [None, "gloo"])
+@pytest.mark.parametrize("backend", [None, "cpu:gloo"])
 def test_the_others_do_not_wait_for_the_dead(backend: str | None) -> None:
     outcomes = run_outcomes(die_early, 3, backend, deadline=40, grace=15)
     assert outcomes[0].status == "died"

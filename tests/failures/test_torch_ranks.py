@@ -24,7 +24,7 @@ DEADLINE_S = 6.0
 def over_gloo(stage: int = 2, timeout: float = DEADLINE_S) -> Any:
     import deepspeed
 
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=timeout))
+    deepspeed.init_distributed("cpu:gloo", timeout=timedelta(seconds=timeout))
     engine = start(config(stage))
     assert "gloo" in engine._group.transport
     return engine
@@ -202,7 +202,7 @@ import torch
 sys.path.insert(0, {toys!r})
 from toy import config, micro_step, start
 import deepspeed
-deepspeed.init_distributed("gloo", timeout=timedelta(seconds=120))
+deepspeed.init_distributed("cpu:gloo", timeout=timedelta(seconds=120))
 engine = start(config(1))
 for index in range(3):
     micro_step(engine, index)

@@ -55,7 +55,7 @@ def assert_close(what: str, ours: list, theirs: list, tolerance: float) -> None:
 @pytest.fixture(scope="module")
 def ours_over_gloo(tmp_path_factory):
     log = str(tmp_path_factory.mktemp("golden") / "ranks.log")
-    results, ended = ranks.run(sys.executable, OVER_GLOO, DEADLINE, log, backend="gloo")
+    results, ended = ranks.run(sys.executable, OVER_GLOO, DEADLINE, log, backend="cpu:gloo")
     return results, ended, log
 
 

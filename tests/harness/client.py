@@ -8,7 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class RanksFailed(AssertionError):
 
 
 class _Server:
-    def __init__(self) -> None:
+    def __init__(self, preload: tuple[str, ...]) -> None:
         ours, theirs = socket.socketpair()
         environment = {
             **{k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES},
@@ -44,7 +44,7 @@ class _Server:
             "PYTHONUNBUFFERED": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "harness.server", str(theirs.fileno())],
+            [sys.executable, "-m", "harness.server", str(theirs.fileno()), *preload],
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -68,7 +68,8 @@ class _Server:
 
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_server: _Server | None = None
+# By what they have imported beside torch.
+_servers: dict[tuple[str, ...], _Server] = {}
 
 
 def run_outcomes(
@@ -78,6 +79,7 @@ def run_outcomes(
     deadline: float = 60.0,
     grace: float = 5.0,
     env: Mapping[str, str] | None = None,
+    preload: Sequence[str] = (),
     **kwargs: Any,
 ) -> list[Outcome]:
     """Runs `function(*args, **kwargs)` on `world` forked ranks and returns what became of each, in rank order.
@@ -86,13 +88,15 @@ def run_outcomes(
     deadline  seconds; ranks still running then are killed and reported as hung, with their stacks.
     grace     seconds the others may still run once one rank has failed.
     env       more environment variables; an empty string unsets one.
+    preload   modules that ranks find imported, beside torch and deepspeed: each choice has a server of its own.
     """
-    global _server
     if "<locals>" in function.__qualname__:
         raise ValueError(f"{function.__qualname__} is not at the top level of its module: ranks import it by name")
-    if _server is None:
-        _server = _Server()
-        atexit.register(shutdown)
+    server = _servers.get(tuple(preload))
+    if server is None:
+        if not _servers:
+            atexit.register(shutdown)
+        server = _servers[tuple(preload)] = _Server(tuple(preload))
     job = Job(
         module=function.__module__,
         function=function.__qualname__,
@@ -105,7 +109,7 @@ def run_outcomes(
         cwd=os.getcwd(),
     )
     try:
-        return _server.run(job)
+        return server.run(job)
     except (EOFError, OSError) as error:
         shutdown()
         raise RuntimeError(f"the fork server failed while running {job.module}.{job.function}: {error}") from error
@@ -120,8 +124,6 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, **options: A
 
 
 def shutdown() -> None:
-    """Ends the fork server; the next run starts a fresh one."""
-    global _server
-    if _server is not None:
-        _server.stop()
-        _server = None
+    """Ends the fork servers; the next run starts a fresh one."""
+    while _servers:
+        _servers.popitem()[1].stop()

@@ -3,7 +3,7 @@
 It stays single-threaded and runs no tensor operation, so that a fork copies a quiet process. Each rank is a
 session of its own, so that what it starts can be ended with it, and dies with the server.
 
-    python -m harness.server FD        FD: the server's end of a socket pair
+    python -m harness.server FD [MODULE ...]        FD: the server's end of a socket pair; MODULE: what to import, too
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ _STACK_WAIT_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
-def main(fd: int) -> None:
+def main(fd: int, preload: list[str]) -> None:
     deepspeed = importlib.import_module("deepspeed")
     # deepspeed imports on first use: name what ranks use, so that they find it imported.
     for name in ("comm", "runtime", "ops", "initialize"):
         getattr(deepspeed, name, None)
     # torch imports it, for seconds, when a process makes its first optimizer.
     importlib.import_module("torch._dynamo")
+    for name in preload:
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()
     sock = socket.socket(fileno=fd)
@@ -198,6 +200,6 @@ def _text(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])
     # Nothing to tear down, and some of what torch imports complains about it.
     os._exit(0)

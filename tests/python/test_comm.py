@@ -107,9 +107,17 @@ def every_operation() -> dict[str, object]:
     mesh = dist.initialize_mesh_device((2,), ("data_parallel",))
     out["mesh"] = mesh.mesh_dim_names
     dist.configure()
-    for absent in (dist.log_summary, dist.reset_log, lambda: dist.configure(enabled=True)):
-        with pytest.raises(NotImplementedError, match="communication logger"):
-            absent()
+    with pytest.raises(RuntimeError, match="communication logger is off"):
+        dist.log_summary()
+    dist.configure(enabled=True, prof_all=False, prof_ops=["all_reduce"])
+    for _ in range(2):
+        dist.all_reduce(fresh())
+    dist.barrier()
+    counted = dist.log_summary(show_straggler=True, return_dict=True)
+    out["counted"] = {name: {size: calls[0] for size, calls in sizes.items()} for name, sizes in counted.items()}
+    dist.reset_log()
+    out["reset"] = dist.log_summary(return_dict=True)
+    dist.configure(enabled=False)
     deepspeed.init_distributed()  # adopts
     dist.barrier()
     dist.destroy_process_group()
@@ -142,19 +150,22 @@ def test_every_operation_on_two_ranks() -> None:
     assert zero["reduce"] == [3, 3]
     assert zero["groups"] == [-1, [0, 1], None, 0]
     assert one["groups"] == [1, [0, 1], 1, 1]
+    assert zero["counted"] == {"all_reduce": {8: 2}} and zero["reset"] == {}
 
 
-def adopt_a_group() -> tuple[int, str | None]:
+def adopt_a_group(named: str) -> tuple[int, str | None]:
     import deepspeed
 
     torch.distributed.init_process_group("gloo")
-    deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
+    deepspeed.init_distributed(dist_backend=named, dist_init_required=False)
     deepspeed.comm.barrier()  # rank 0 has the store: it stays until all have met
     return deepspeed.comm.get_world_size(), deepspeed.comm.explicit_backend()
 
 
 def test_an_existing_group_is_adopted() -> None:
-    assert run_ranks(adopt_a_group, 2) == [(2, "gloo")] * 2
+    # Naming what would be used anyway asks for nothing: accelerate and Lightning always do.
+    assert run_ranks(adopt_a_group, 2, "gloo") == [(2, None)] * 2
+    assert run_ranks(adopt_a_group, 2, "cpu:gloo") == [(2, "cpu:gloo")] * 2
 
 
 def world_of_one() -> tuple[int, float, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -105,12 +106,43 @@ def test_what_is_not_built_says_so_on_use() -> None:
         (lambda: deepspeed.PipelineModule([], num_stages=2), "pipeline parallelism"),
         (lambda: deepspeed.zero.Init(zero_quantized_weights=True), "ZeRO\\+\\+"),
         (lambda: deepspeed.utils.groups._get_expert_parallel_group(), "mixture of experts"),
-        (lambda: deepspeed.OnDevice(dtype=torch.half, device="meta"), "meta device"),
     ]:
         with pytest.raises(FeatureNotBuiltError, match=feature) as raised:
             use()
         assert "docs/migration.md" in str(raised.value)
     assert not isinstance(torch.nn.Linear(1, 1), deepspeed.PipelineModule)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "autotuning",
+        "compression.compress",
+        "linear",
+        "moe.layer",
+        "ops.op_builder",
+        "ops.transformer",
+        "runtime.data_pipeline.data_sampling",
+        "runtime.hybrid_engine",
+        "runtime.pipe.topology",
+        "runtime.sequence_parallel.ulysses_sp",
+        "runtime.tensor_parallel",
+        "sequence.layer",
+    ],
+)
+def test_a_module_that_is_not_built_says_so_on_import(name: str) -> None:
+    # Programs that can do without one expect an ImportError.
+    with pytest.raises(ImportError, match=r"which this version of deepspeed does not have; docs/migration\.md"):
+        importlib.import_module(f"deepspeed.{name}")
+
+
+def test_a_model_is_built_without_memory() -> None:
+    with deepspeed.OnDevice(dtype=torch.bfloat16, device="meta"):
+        layer = torch.nn.Linear(1 << 20, 1 << 20)
+    assert layer.weight.is_meta and layer.weight.dtype == torch.bfloat16
+    with deepspeed.OnDevice(dtype=torch.half, enabled=False):
+        assert not torch.nn.Linear(2, 2).weight.is_meta
+    assert torch.get_default_dtype() == torch.float32 and not torch.empty(1).is_meta
 
 
 def test_zero_contexts_leave_whole_parameters_alone() -> None:

@@ -128,7 +128,7 @@ def test_everything_in_the_stub_is_documented() -> None:
 # What a stub could say wrongly about these: (as it is written, as it would be wrong).
 WRONG = {
     "CommError": ("class CommError(DeepSpeedError)", "class CommError(OSError)"),
-    "Config.load": ("def load(spec: str, strict: str | None = None)", "def load(spec: str, strict: str)"),
+    "Config.load": ("def load(spec: str, strict: str | None = None", "def load(spec: str, strict: str"),
     "Engine.__new__": ("        ranks_per_host: int,\n        device", "        device"),
     "Engine.end_backward": ("def end_backward(self, scaled: bool, averaged", "def end_backward(self, averaged"),
     "Group.handle": ("def handle(self)", "def grip(self)"),

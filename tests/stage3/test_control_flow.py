@@ -84,7 +84,7 @@ def test_any_order_of_modules_gives_the_same_bits(name: str, world: int, tmp_pat
 def over_gloo(name: str, folder: str) -> dict[str, Any]:
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=15), verbose=False)
+    deepspeed.init_distributed(dist_backend="cpu:gloo", timeout=timedelta(seconds=15), verbose=False)
     out = {}
     for variant in VARIANTS:
         engine = start(config(variant, folder=folder), build(ORDERS[name]))
@@ -164,7 +164,7 @@ def test_ranks_generate_texts_of_different_lengths(world: int, tmp_path: Any) ->
 def generation_over_gloo(variant: str) -> list[int]:
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=15), verbose=False)
+    deepspeed.init_distributed(dist_backend="cpu:gloo", timeout=timedelta(seconds=15), verbose=False)
     engine = start(config(variant), build(CASES["gpt"]))
     text = generated(engine, 2 + 5 * engine.global_rank)
     micro_step(engine, CASES["gpt"], 0, torch.float32)

@@ -51,7 +51,7 @@ def settings(stage: int, precision: str = "fp32", limits: str = "lean", **more: 
 def over_gloo(seconds: float = 60) -> None:
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=seconds), verbose=False)
+    deepspeed.init_distributed(dist_backend="cpu:gloo", timeout=timedelta(seconds=seconds), verbose=False)
 
 
 def released(engine: Any) -> bool:

@@ -9,6 +9,7 @@ use crate::{
     diagnostic::{Code, ConfigError},
     document::Document,
     offload::{OffloadOptimizerConfig, OffloadParamConfig},
+    table,
 };
 
 /// The dtype the model trains in.
@@ -331,6 +332,20 @@ impl Config {
             diagnostic.hints = problem.hints;
             diagnostic.into()
         })
+    }
+
+    /// A block of plain settings, as `tensorboard`: every key with its value or its default. For what the engine itself
+    /// does not read.
+    pub fn block(&self, name: &str) -> serde_json::Map<String, serde_json::Value> {
+        let raw = self.document.json();
+        let given = raw.get(name);
+        let value = |setting: &table::Setting| {
+            let keys = std::iter::once(setting.key()).chain(setting.aliases.iter().copied());
+            let written =
+                keys.filter_map(|key| given?.get(key)).find(|value| !value.is_null() && *value != "auto");
+            written.cloned().or_else(|| serde_json::from_str(setting.default).ok()).unwrap_or_default()
+        };
+        table::children(name).map(|setting| (setting.key().to_owned(), value(setting))).collect()
     }
 
     /// An error of the caller's about the setting at `path`, pointing at it where it is set: for what only the engine or

@@ -6,7 +6,7 @@ use deepspeed_checkpoint::Chosen;
 use deepspeed_comm::Group;
 use deepspeed_core::{Layout, ParamSpec, SpanMut, UnitId};
 use deepspeed_kernels::parallel::Workers;
-use deepspeed_monitor::{Counters, Phase, Progress, StepLine, Stopwatch};
+use deepspeed_monitor::{Counters, Phase, PhaseTimes, Progress, StepLine, Stopwatch};
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
 use deepspeed_zero::{
     AlreadyUpdated, Exchange, LocalAccumulator, OffloadedState, Policy, Publication, ReductionOrder,
@@ -116,6 +116,8 @@ pub struct Engine {
     /// What was loaded without being asked for by name.
     pub(crate) chosen: Option<Chosen>,
     watch: Stopwatch,
+    /// What the last step line said of the time, and of how many steps.
+    pub(crate) told: Option<(PhaseTimes, u64)>,
     window: Window,
     /// Tells the launcher which step this is, where one asks.
     progress: Option<Progress>,
@@ -254,6 +256,7 @@ impl Engine {
             news: None,
             chosen: None,
             watch: Stopwatch::default(),
+            told: None,
             window: Window { since: Instant::now(), samples: 0, steps: 0 },
             progress: Progress::from_environment(),
             layout: Arc::new(layout),
@@ -555,6 +558,7 @@ impl Engine {
             breakdown: self.settings.wall_clock_breakdown,
             steps: self.counters.global_steps - self.window.steps,
         };
+        self.told = Some((line.times, line.steps));
         self.restart_window();
         line.to_string()
     }

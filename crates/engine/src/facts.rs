@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use deepspeed_comm::{Group, Region};
 use deepspeed_core::{AlignedBuffer, DType, Layout, SpanMut, Unit};
-use deepspeed_monitor::Counters;
+use deepspeed_monitor::{Counters, metrics::StepMetrics};
 use deepspeed_optim::LossScaler;
 use deepspeed_zero::{OffloadedState, Residency, UnitShard};
 
@@ -130,6 +130,19 @@ impl Engine {
     /// was skipped; `None` before the first.
     pub fn norm(&self) -> Option<f64> {
         self.norm
+    }
+
+    /// What is known of the last boundary, for monitors. Times are there once per step line, where `wall_clock_breakdown`
+    /// asks for them.
+    pub fn step_metrics(&mut self, learning_rate: f64, loss: Option<f64>) -> StepMetrics {
+        StepMetrics {
+            samples: self.counters.global_samples,
+            loss,
+            learning_rate,
+            loss_scale: (self.settings.precision == DType::F16).then(|| self.scaler.scale()),
+            norm: self.norm,
+            times: self.told.take().filter(|_| self.settings.wall_clock_breakdown),
+        }
     }
 
     /// Whether the last boundary updated the weights.

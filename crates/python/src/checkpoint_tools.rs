@@ -10,12 +10,13 @@ use deepspeed_checkpoint::{
     CheckpointError, ElementType, Location, OriginalOptions, Silent, Source, TensorFacts,
     export::{ExportFormat, ExportOptions, ExportPlan, ExportTensor, ModelFile, export, read_tensor},
 };
-use deepspeed_core::DType;
+use deepspeed_core::{DType, Rank};
 use deepspeed_monitor::memory::parse_bytes;
 use pyo3::{
     exceptions::{PyKeyError, PyTypeError, PyValueError},
     intern,
     prelude::*,
+    types::PyBytes,
 };
 
 use crate::{
@@ -98,6 +99,18 @@ impl PySavedModel {
     #[getter]
     fn folder(&self) -> PathBuf {
         self.source.folder().to_owned()
+    }
+
+    /// The ZeRO stage of the run that saved it; 0 where that is not known.
+    #[getter]
+    fn stage(&self) -> u8 {
+        self.source.stage().unwrap_or_default()
+    }
+
+    /// Rank 0's client state as torch.save wrote it; None where there is none.
+    fn client_state<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let found = enter(py, || self.source.blob(Rank(0), "client_state"))?;
+        Ok(found.map(|bytes| PyBytes::new(py, &bytes)))
     }
 
     /// Name, shape and dtype of each tensor.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use deepspeed_config::{Config, ConfigError, OffloadDevice, Options, Origin, Resolved, TagValidation};
+use deepspeed_config::{Code, Config, ConfigError, OffloadDevice, Options, Origin, Resolved, TagValidation};
 use deepspeed_core::DType;
 use deepspeed_optim::{Hyper, OptimizerKind, Schedule};
 use pyo3::{create_exception, exceptions::PyValueError, prelude::*, types::PyDict};
@@ -33,18 +33,19 @@ pub(crate) struct PyConfig {
 
 #[pymethods]
 impl PyConfig {
-    /// From the path of a file or base64 of JSON. `strict` is the value of DS_CONFIG_STRICT.
+    /// From the path of a file or base64 of JSON. `strict` is the value of DS_CONFIG_STRICT; in a `template` "auto" may be
+    /// left where somebody else fills it in later.
     #[staticmethod]
-    #[pyo3(signature = (spec, strict=None))]
-    fn load(spec: &str, strict: Option<&str>) -> PyResult<Self> {
-        Self::wrap(Config::load(spec, &Options::from_strict_variable(strict)))
+    #[pyo3(signature = (spec, strict=None, template=false))]
+    fn load(spec: &str, strict: Option<&str>, template: bool) -> PyResult<Self> {
+        Self::wrap(Config::load(spec, &options(strict, template)))
     }
 
     /// From a dict that Python's json module has written.
     #[staticmethod]
-    #[pyo3(signature = (text, strict=None))]
-    fn from_dict_text(text: &str, strict: Option<&str>) -> PyResult<Self> {
-        Self::wrap(Config::from_text(text, Origin::Dict, &Options::from_strict_variable(strict)))
+    #[pyo3(signature = (text, strict=None, template=false))]
+    fn from_dict_text(text: &str, strict: Option<&str>, template: bool) -> PyResult<Self> {
+        Self::wrap(Config::from_text(text, Origin::Dict, &options(strict, template)))
     }
 
     /// The config as it was written, defaults not filled in, as Python's json module would read it: infinities are floats.
@@ -98,6 +99,11 @@ impl PyConfig {
         let module = if ours { "deepspeed.runtime.lr_schedules" } else { "torch.optim.lr_scheduler" };
         let params = json::map_to_python(py, &scheduler.params)?;
         Ok(Some((format!("{module}:{}", scheduler.kind), params)))
+    }
+
+    /// A block of plain settings, as "tensorboard": every key with its value or its default.
+    fn block<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
+        json::map_to_python(py, &self.config.block(name))
     }
 
     /// The folder in which weights lie while they are not used; None unless offload_param.device is nvme.
@@ -161,10 +167,25 @@ impl PyConfig {
     }
 }
 
+fn options(strict: Option<&str>, template: bool) -> Options {
+    Options { allow_auto: template, ..Options::from_strict_variable(strict) }
+}
+
 impl PyConfig {
     fn wrap(judged: Result<Resolved, ConfigError>) -> PyResult<Self> {
         let resolved = judged.map_err(IntoPyErr::into_py_err)?;
-        let warnings = resolved.warnings.iter().map(ToString::to_string).collect();
+        // Configs that libraries write are full of these: one line for all.
+        let (idle, others): (Vec<_>, Vec<_>) =
+            resolved.warnings.iter().partition(|warning| warning.code == Code::NoEffect);
+        let mut warnings: Vec<String> = others.iter().map(ToString::to_string).collect();
+        if !idle.is_empty() {
+            let paths: Vec<&str> = idle.iter().map(|warning| warning.path.as_str()).collect();
+            let s = if paths.len() == 1 { " has" } else { "s have" };
+            warnings.push(format!(
+                "setting{s} no effect here: {}; `deepspeed config check FILE` says why",
+                paths.join(", ")
+            ));
+        }
         Ok(Self { config: resolved.config, warnings })
     }
 }

@@ -13,6 +13,8 @@ use pyo3::{
 
 use crate::{
     enter::{enter, interrupted},
+    metrics::PyCommsLog,
+    recorded_group::RecordedGroup,
     tensors::dtype_of,
     torch_transport,
 };
@@ -88,6 +90,12 @@ impl PyGroup {
         let inner =
             torch_transport::group(py, transport, board, Rank::from_index(rank), members, name, &options)?;
         Ok(Self { inner, _segment: None })
+    }
+
+    /// The same group, whose collectives are counted in `log`.
+    fn recorded(&self, log: &PyCommsLog) -> Self {
+        let inner = Arc::new(RecordedGroup::new(self.inner.clone(), log.shared()));
+        Self { inner, _segment: None }
     }
 
     /// What the other ranks need to join, where this rank made the shared memory.

@@ -21,8 +21,10 @@ mod launcher;
 mod log;
 mod memory;
 mod memory_plan;
+mod metrics;
 mod ops;
 mod param_state;
+mod recorded_group;
 mod schedules;
 mod shared_weights;
 mod tensors;
@@ -36,6 +38,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     config::register(module)?;
     launcher::register(module)?;
     memory::register(module)?;
+    metrics::register(module)?;
     ops::register(module)?;
     schedules::register(module)?;
     shared_weights::register(module)?;

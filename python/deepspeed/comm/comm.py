@@ -1,6 +1,6 @@
 """The operations of `deepspeed.comm`, each one call of torch.distributed.
 
-`prof`, `log_name` and `debug` label a call for the communication logger and change nothing while it is off.
+`prof`, `log_name` and `debug` are the original's labels for its communication logger; ours needs none.
 Collectives return None, or with `async_op=True` a handle with `wait()`.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.distributed import P2POp, ProcessGroup, ReduceOp
 
-from deepspeed._features import not_built
+from deepspeed.comm.comms_logger import comms_logger, recorded
 
 Group: TypeAlias = ProcessGroup | None
 Work: TypeAlias = Any
@@ -102,6 +102,7 @@ def get_backend(group: Group = None) -> str:
     return dist.get_backend(group)
 
 
+@recorded
 def broadcast(
     tensor: torch.Tensor,
     src: int,
@@ -122,6 +123,7 @@ def broadcast_object_list(
     dist.broadcast_object_list(object_list, src, group, device)
 
 
+@recorded
 def all_gather(
     tensor_list: list[torch.Tensor],
     tensor: torch.Tensor,
@@ -140,6 +142,7 @@ def all_gather_object(object_list: list[Any], obj: Any, group: Group = None) -> 
     dist.all_gather_object(object_list, obj, group)
 
 
+@recorded
 def all_gather_into_tensor(
     output_tensor: torch.Tensor,
     tensor: torch.Tensor,
@@ -156,6 +159,7 @@ def all_gather_into_tensor(
 allgather_fn = all_gather_into_tensor
 
 
+@recorded
 def all_gather_coalesced(
     output_tensors: Sequence[torch.Tensor],
     input_tensors: Sequence[torch.Tensor],
@@ -170,6 +174,7 @@ def all_gather_coalesced(
     return _together(dist.all_gather_into_tensor, calls, async_op)
 
 
+@recorded
 def reduce_scatter(
     output: torch.Tensor,
     input_list: list[torch.Tensor],
@@ -184,6 +189,7 @@ def reduce_scatter(
     return dist.reduce_scatter(output, input_list, op, group, async_op)
 
 
+@recorded
 def reduce_scatter_tensor(
     output_tensor: torch.Tensor,
     tensor: torch.Tensor,
@@ -201,6 +207,7 @@ def reduce_scatter_tensor(
 reduce_scatter_fn = reduce_scatter_tensor
 
 
+@recorded
 def all_to_all_single(
     output: torch.Tensor,
     tensor: torch.Tensor,
@@ -216,6 +223,7 @@ def all_to_all_single(
     return dist.all_to_all_single(output, tensor, output_split_sizes, input_split_sizes, group, async_op)
 
 
+@recorded
 def all_to_all(
     output_tensor_list: list[torch.Tensor],
     input_tensor_list: list[torch.Tensor],
@@ -226,6 +234,7 @@ def all_to_all(
     return dist.all_to_all(output_tensor_list, input_tensor_list, group, async_op)
 
 
+@recorded
 def send(
     tensor: torch.Tensor,
     dst: int,
@@ -239,6 +248,7 @@ def send(
     dist.send(tensor, dst, group, tag)
 
 
+@recorded
 def recv(
     tensor: torch.Tensor,
     src: int | None = None,
@@ -264,6 +274,7 @@ def batch_isend_irecv(
     return dist.batch_isend_irecv(p2p_op_list)
 
 
+@recorded
 def gather(
     tensor: torch.Tensor,
     gather_list: list[torch.Tensor] | None = None,
@@ -278,6 +289,7 @@ def gather(
     return dist.gather(tensor, gather_list, dst, group, async_op)
 
 
+@recorded
 def scatter(
     tensor: torch.Tensor,
     scatter_list: list[torch.Tensor] | None = None,
@@ -292,6 +304,7 @@ def scatter(
     return dist.scatter(tensor, scatter_list, src, group, async_op)
 
 
+@recorded
 def barrier(
     group: Group = None,
     async_op: bool = False,
@@ -304,6 +317,7 @@ def barrier(
     return dist.barrier(group, async_op, device_ids)
 
 
+@recorded
 def monitored_barrier(
     group: Group = None,
     timeout: timedelta | None = None,
@@ -316,6 +330,7 @@ def monitored_barrier(
     dist.monitored_barrier(group, timeout, wait_all_ranks)
 
 
+@recorded
 def reduce(
     tensor: torch.Tensor,
     dst: int,
@@ -330,6 +345,7 @@ def reduce(
     return dist.reduce(tensor, dst, op, group, async_op)
 
 
+@recorded
 def all_reduce(
     tensor: torch.Tensor,
     op: Any = ReduceOp.SUM,
@@ -343,6 +359,7 @@ def all_reduce(
     return dist.all_reduce(tensor, op, group, async_op)
 
 
+@recorded
 def inference_all_reduce(
     tensor: torch.Tensor, op: Any = ReduceOp.SUM, group: Group = None, async_op: bool = False
 ) -> Work | None:
@@ -350,6 +367,7 @@ def inference_all_reduce(
     return dist.all_reduce(tensor, op, group, async_op)
 
 
+@recorded
 def all_reduce_coalesced(
     tensors: Sequence[torch.Tensor],
     op: Any = ReduceOp.SUM,
@@ -372,9 +390,6 @@ def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[st
     return init_device_mesh(get_accelerator().device_name(), tuple(mesh_shape), mesh_dim_names=tuple(mesh_dim_names))
 
 
-_LOGGER = "the communication logger"
-
-
 def configure(
     deepspeed_config: Any = None,
     enabled: bool | None = None,
@@ -383,17 +398,39 @@ def configure(
     verbose: bool | None = None,
     debug: bool | None = None,
 ) -> None:
-    """Configures the communication logger: it is not built, so turning it on is an error."""
-    block = getattr(deepspeed_config, "comms_config", None)
-    if enabled or prof_all or prof_ops or getattr(block, "comms_logger_enabled", False):
-        not_built("deepspeed.comm.configure", _LOGGER)
+    """Configures the communication logger: from the block `comms_logger` of a DeepSpeedConfig, then by the arguments."""
+    if deepspeed_config is not None:
+        comms_logger.configure(**deepspeed_config.native.block("comms_logger"))
+    comms_logger.configure(enabled=enabled, prof_all=prof_all, prof_ops=prof_ops, verbose=verbose, debug=debug)
 
 
-def log_summary(show_straggler: bool = False, return_dict: bool = False) -> NoReturn:
-    """Prints what the communication logger counted: it is not built."""
-    not_built("deepspeed.comm.log_summary", _LOGGER)
+def log_summary(show_straggler: bool = False, return_dict: bool = False) -> dict[str, Any] | None:
+    """Prints on rank 0 what the communication logger counted there.
+
+    show_straggler  every rank calls it: prints each rank's whole time in collectives, too. The one that waits least is
+                    the one that the others wait for.
+    return_dict     returns {operation: {bytes: [calls, seconds of each]}}.
+    """
+    log = comms_logger.log
+    if log is None:
+        raise RuntimeError("the communication logger is off: set comms_logger.enabled, or comm.configure(enabled=True)")
+    calls = log.calls()
+    ranks: list[Any] = [None] * get_world_size() if show_straggler else []
+    if show_straggler:
+        dist.all_gather_object(ranks, sum(sum(times) for _, _, times in calls))
+    if get_rank() == 0:
+        print(log.summary(), flush=True)
+        for rank, seconds in enumerate(ranks):
+            print(f"rank {rank}: {1e3 * seconds:.3f} ms in collectives", flush=True)
+    if not return_dict:
+        return None
+    found: dict[str, Any] = {}
+    for operation, size, times in calls:
+        found.setdefault(operation, {})[size] = [len(times), times]
+    return found
 
 
-def reset_log() -> NoReturn:
-    """Forgets what the communication logger counted: it is not built."""
-    not_built("deepspeed.comm.reset_log", _LOGGER)
+def reset_log() -> None:
+    """Forgets what the communication logger counted."""
+    if comms_logger.log is not None:
+        comms_logger.log.reset()

@@ -23,8 +23,13 @@ _explicit_backend: str | None = None
 
 
 def explicit_backend() -> str | None:
-    """The `dist_backend` that the client asked for; None when the choice of a transport is ours."""
+    """The `dist_backend` that keeps the engine on torch.distributed; None when the choice of a transport is ours."""
     return _explicit_backend
+
+
+def _asked_for(dist_backend: str | None) -> str | None:
+    # accelerate and Lightning always name one: naming what would be used anyway asks for nothing.
+    return dist_backend if dist_backend != get_accelerator().communication_backend_name() else None
 
 
 def init_distributed(
@@ -45,8 +50,8 @@ def init_distributed(
     WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); AzureML and SageMaker; Open MPI, PMI and Slurm; mpi4py where
     it is installed; else it is a world of one. What was found is written to those variables.
 
-    dist_backend        "gloo", "nccl", ...; by default the accelerator's (gloo on a CPU). Naming one also
-                        keeps the engine on torch.distributed where it would have used shared memory.
+    dist_backend        "gloo", "nccl", ...; by default the accelerator's (gloo on a CPU). Naming another, or the long
+                        form "cpu:gloo", keeps the engine on torch.distributed where it would have used shared memory.
     auto_mpi_discovery  False looks at the launcher's variables only.
     distributed_port    MASTER_PORT where nothing else names it.
     timeout             of collectives; by default DEEPSPEED_TIMEOUT minutes, else torch's.
@@ -56,7 +61,7 @@ def init_distributed(
     global _explicit_backend
     if dist.is_initialized():
         if dist_backend is not None:
-            _explicit_backend = dist_backend
+            _explicit_backend = _asked_for(dist_backend)
         return
     if dist_init_required is False:
         raise AssertionError(
@@ -85,7 +90,7 @@ def init_distributed(
         dist.init_process_group(**options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _explain(error) from error
-    _explicit_backend = dist_backend
+    _explicit_backend = _asked_for(dist_backend)
 
 
 def mpi_discovery(distributed_port: int = 29500, verbose: bool = True) -> None:

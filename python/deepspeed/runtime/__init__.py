@@ -13,6 +13,7 @@ __getattr__, __dir__ = attach(
         "engine",
         "fp16",
         "lr_schedules",
+        "utils",
         "zero",
         "zero_optimizer",
     ),

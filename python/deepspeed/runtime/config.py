@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from deepspeed import _native
 from deepspeed._native import DeepSpeedConfigError
+from deepspeed.monitor.config import monitor_settings
+from deepspeed.profiling.config import flops_profiler_settings
 from deepspeed.utils.logging import logger
 
 __all__ = ["DeepSpeedConfig", "DeepSpeedConfigError"]
@@ -76,6 +78,8 @@ class DeepSpeedConfig:
         attributes = self.native.attributes()
         self.zero_config = SimpleNamespace(**attributes.pop("zero_settings"))
         vars(self).update(attributes)
+        self.monitor_config = monitor_settings(self.native)
+        self.flops_profiler_config = flops_profiler_settings(self.native)
         self._param_dict = dict(config) if isinstance(config, Mapping) else self.native.raw()
 
     def print_user_config(self) -> None:
@@ -83,13 +87,14 @@ class DeepSpeedConfig:
         logger.info("config:\n%s", json.dumps(self._param_dict, indent=2, default=str))
 
 
-def judge(config: str | os.PathLike[str] | Mapping[str, Any]) -> _native.Config:
-    """The judged config of a file, a dict or base64; batch numbers may be missing or left to others ("auto")."""
+def judge(config: str | os.PathLike[str] | Mapping[str, Any], template: bool = False) -> _native.Config:
+    """The judged config of a file, a dict or base64; batch numbers may be missing. In a `template` "auto" may be left where
+    somebody else fills it in later."""
     strict = os.environ.get("DS_CONFIG_STRICT")
     if isinstance(config, Mapping):
-        return _native.Config.from_dict_text(json.dumps(config, default=str), strict)
+        return _native.Config.from_dict_text(json.dumps(config, default=str), strict, template)
     if isinstance(config, (str, os.PathLike)):
-        return _native.Config.load(os.fspath(config), strict)
+        return _native.Config.load(os.fspath(config), strict, template)
     raise DeepSpeedConfigError(
         f"a config is a dict, the path of a JSON file or base64 of JSON, not a {type(config).__qualname__}"
     )

@@ -25,6 +25,7 @@ from deepspeed.runtime.devices import choose_device, moves_memory_of, take_to, t
 from deepspeed.runtime.engine_checkpoint import CheckpointMethods
 from deepspeed.runtime.engine_config import ConfigMethods
 from deepspeed.runtime.engine_states import StateMethods
+from deepspeed.runtime.observation import Observation
 from deepspeed.runtime.optimizer_setup import build_optimizer, build_scheduler
 from deepspeed.runtime.parameters import TrainedParameters, cast_buffers, cast_floating, grad_tensors
 from deepspeed.runtime.unit_hooks import UnitHooks
@@ -35,6 +36,7 @@ from deepspeed.runtime.zero.shared_weights import give_back_after_use, share_wei
 from deepspeed.runtime.zero_optimizer import DESTROYED, DeepSpeedZeroOptimizer
 from deepspeed.utils.logging import log_dist, logger
 from deepspeed.utils.tensor_fragment import TrainedBy
+from deepspeed.utils.timer import SynchronizedWallClockTimer
 from deepspeed.utils.z3_leaf_module import mark_leaves
 
 # Attributes of the engine itself, which never fall through to the module.
@@ -85,7 +87,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         self._gather_hooks: GatherHooks | None = None
         self._page_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-        group = process_group.native_group()
+        dist.configure(self._config)
+        group = process_group.recorded(process_group.native_group())
         self._group: _native.Group | None = group  # until destroy()
         native_config = self._config.native
         self._trained = TrainedParameters(model)
@@ -134,6 +137,9 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         self.lr_scheduler = build_scheduler(lr_scheduler, self.basic_optimizer, native_config)
         if training_data is not None:
             self.training_dataloader = self.deepspeed_io(training_data)
+        self._observation = Observation(self._config, model, self.global_rank)
+        self.monitor, self.flops_profiler = self._observation.monitor, self._observation.flops_profiler
+        self.tput_timer, self.timers = self._observation.throughput, SynchronizedWallClockTimer()
         self._native.give_back_freed()
         log_dist(f"{self._native.summary()}\n{self._native.memory_block()}", ranks=[0])
         self._memory_told = False
@@ -186,7 +192,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         if self.basic_optimizer is None:
             return None
         dtype_for = self._config.native.compute_dtype
-        return DeepSpeedZeroOptimizer(self.basic_optimizer, self._native, self._trained, dtype_for)
+        return DeepSpeedZeroOptimizer(self.basic_optimizer, self._native, self._trained, dtype_for, self)
 
     def _group_options(self) -> list[dict[str, Any]]:
         groups = self.basic_optimizer.param_groups if self.basic_optimizer is not None else []
@@ -236,7 +242,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         try:
             if self._config.fp16_auto_cast:
                 inputs, kwargs = cast_floating((inputs, kwargs), self._config.native.compute_dtype)
-            output = self.module(*inputs, **kwargs)
+            output = self._observation.run(self.module, inputs, kwargs)
         finally:
             self._native.mark(None)
         if self.training and torch.is_grad_enabled():
@@ -282,6 +288,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
             )
         if self._native.wants_loss():
             self._native.set_loss(loss.item())
+        self._observation.saw_loss(loss)
         self._native.mark("backward")
         self._in_backward = True
         try:
@@ -328,6 +335,8 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
             log_dist(report.checkpoint, ranks=[0])
         if report.applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
+        if report.boundary:
+            self._observation.after_step(self._native, next(iter(self.get_lr()), 0.0))
         if report.line is not None and self.global_rank == 0:
             print(report.line, flush=True)
         if report.applied and not self._memory_told:

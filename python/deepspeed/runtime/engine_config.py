@@ -69,8 +69,8 @@ class ConfigMethods:
         return model, self._config.grad_accum_dtype or torch.float32
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """Whether whole weights can be had for saving: always below stage 3."""
-        return self._native.stage() < 3 or self._config.zero_config.gather_16bit_weights_on_model_save
+        """Whether whole weights can be had for saving: always, but at stage 3 where they have to be gathered."""
+        return not self._native.gathers_weights() or self._config.zero_config.gather_16bit_weights_on_model_save
 
 
 def _getter(name: str, attribute: str, doc: str) -> Any:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed import _native
+from deepspeed.comm.comms_logger import comms_logger
 from deepspeed.comm.rendezvous import explicit_backend
 from deepspeed.runtime.torch_transport import StoreBoard, TorchTransport
 
@@ -28,6 +29,12 @@ def native_group() -> _native.Group:
     handle: list[Any] = [group.handle() if group is not None else None]
     dist.broadcast_object_list(handle, src=0)
     return group or _native.Group.join_shared(handle[0], rank, deadline)
+
+
+def recorded(group: _native.Group) -> _native.Group:
+    """The group, with its collectives counted while the communication logger is on."""
+    log = comms_logger.active_log()
+    return group if log is None else group.recorded(log)
 
 
 def _deadline() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,10 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
         native: _native.Engine,
         trained: TrainedParameters,
         dtype_for: Callable[[torch.dtype], torch.dtype],
+        engine: Any,
     ):
         self.optimizer = optimizer
+        self._engine = weakref.ref(engine)
         self._native = native
         self._trained = trained
         self.overflow = False
@@ -41,13 +44,22 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
     def engine_step(self) -> _native.StepReport:
         """Called by `engine.step()`; see there."""
         report = self.client.step() if self.client else self._native.step(self.optimizer.param_groups)
+        if report.applied:
+            # torch's schedules warn when they are stepped before the optimizer, whose step() is not what runs here.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if report.boundary:
             self.overflow = not report.applied
         return report
 
-    def step(self, closure: Any = None) -> None:
-        """Not for the client: `engine.step()` knows about accumulation, loss scale and the schedule."""
-        raise RuntimeError("call engine.step() instead of optimizer.step(): the engine drives this optimizer")
+    def step(self, closure: Any = None) -> Any:
+        """The same as `engine.step()`, for libraries that step the optimizer. Returns what `closure`, which is called
+        first, returns."""
+        engine = self._engine()
+        if engine is None:
+            raise RuntimeError("the engine that drives this optimizer is gone")
+        found = closure() if closure is not None else None
+        engine.step()
+        return found
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
         """Not for the client: `engine.backward(loss)` takes the gradients, too."""

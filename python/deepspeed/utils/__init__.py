@@ -1,12 +1,9 @@
 """Helpers that scripts and other libraries import from `deepspeed.utils`."""
 
-from deepspeed._features import unbuilt_class
 from deepspeed._lazy import attach
 from deepspeed.utils.logging import log_dist, logger, set_log_level_from_string, should_log_le, warning_once
 
 __all__ = ["log_dist", "logger", "set_log_level_from_string", "should_log_le", "warning_once"]
-
-OnDevice = unbuilt_class("deepspeed.OnDevice", "construction of a model on the meta device")
 
 _LEAVES = ("set_z3_leaf_modules", "unset_z3_leaf_modules", "get_z3_leaf_modules", "z3_leaf_module", "z3_leaf_parameter")
 _STATE = [
@@ -18,8 +15,9 @@ _STATE = [
 
 __getattr__, __dir__ = attach(
     __name__,
-    submodules=("groups", "logging", "nvtx", "tensor_fragment", "zero_to_fp32"),
+    submodules=("groups", "init_on_device", "logging", "nvtx", "tensor_fragment", "timer", "zero_to_fp32"),
     attributes={
+        "OnDevice": "deepspeed.utils.init_on_device",
         "RepeatingLoader": "deepspeed.runtime.dataloader",
         "instrument_w_nvtx": "deepspeed.utils.nvtx",
         "is_initialized": "deepspeed.comm",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 
@@ -105,24 +106,37 @@ def load_state_dict_from_zero_checkpoint(
     return model
 
 
-def get_optim_files(checkpoint_dir: str | os.PathLike[str]) -> list[str]:
-    """The optimizer files of a checkpoint that the original wrote, in the order of the ranks."""
+# What torch.load reads: a path, or an open file.
+TorchFile: TypeAlias = str | io.BytesIO
+
+
+def get_optim_files(checkpoint_dir: str | os.PathLike[str]) -> list[TorchFile]:
+    """What `torch.load` reads an optimizer's stage from (`["optimizer_state_dict"]["zero_stage"]`), as Lightning does: the
+    optimizer files of a checkpoint of the original, in the order of the ranks; for one of ours, that alone."""
     files = sorted(Path(checkpoint_dir).glob("*_optim_states.pt"), key=lambda path: (len(path.name), path.name))
-    return [str(path) for path in files] or _not_the_originals(checkpoint_dir)
+    if files:
+        return [str(path) for path in files]
+    file = io.BytesIO()
+    torch.save({"optimizer_state_dict": {"zero_stage": _opened(checkpoint_dir).stage}}, file)
+    file.seek(0)
+    return [file]
 
 
-def get_model_state_file(checkpoint_dir: str | os.PathLike[str], zero_stage: int) -> str:
-    """Rank 0's file of weights, counters and client state of a checkpoint that the original wrote."""
+def get_model_state_file(checkpoint_dir: str | os.PathLike[str], zero_stage: int) -> TorchFile:
+    """What `torch.load` reads client state from: rank 0's model file of a checkpoint of the original; for one of ours, rank
+    0's client state."""
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if zero_stage == 3 else "mp_rank_00_model_states.pt"
     path = Path(checkpoint_dir) / name
-    return str(path) if path.is_file() else _not_the_originals(path)
+    if path.is_file():
+        return str(path)
+    state = _opened(checkpoint_dir).client_state()
+    if state is None:
+        raise FileNotFoundError(f"{os.fspath(checkpoint_dir)}: there is no {name} and no client state")
+    return io.BytesIO(state)
 
 
-def _not_the_originals(path: str | os.PathLike[str]) -> NoReturn:
-    raise FileNotFoundError(
-        f"{os.fspath(path)}: no such file of the original DeepSpeed's. get_fp32_state_dict_from_zero_checkpoint and "
-        "`deepspeed checkpoint` read every format"
-    )
+def _opened(folder: str | os.PathLike[str]) -> _native.SavedModel:
+    return _native.SavedModel.open(folder, None, "fp32", False)
 
 
 def _warn_of_absent(names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ def over_bytes() -> None:
     """Ranks that share no memory."""
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
+    deepspeed.init_distributed(dist_backend="cpu:gloo", timeout=timedelta(seconds=60), verbose=False)
 
 
 def write(folder: str, stage: int, shared: bool, gather: bool) -> dict[str, Any]:

@@ -219,14 +219,14 @@ fn both_precisions() {
 #[test]
 fn a_feature_that_is_not_built() {
     assert_eq!(
-        report("{\n  \"tensorboard\": {\"enabled\": true, \"output_path\": \"logs\"}\n}"),
+        report("{\n  \"hybrid_engine\": {\"enabled\": true, \"max_out_tokens\": 9}\n}"),
         "\
-`tensorboard` asks for the TensorBoard monitor, which is not built yet [config::not_built]
- --> ds_config.json:2:3 (tensorboard)
+`hybrid_engine` asks for the hybrid engine, which is not built yet [config::not_built]
+ --> ds_config.json:2:20 (hybrid_engine)
   |
-2 |   \"tensorboard\": {\"enabled\": true, \"output_path\": \"logs\"}
-  |   ^^^^^^^^^^^^^ not built yet
-  = hint: set `tensorboard.enabled` to false, or delete the block"
+2 |   \"hybrid_engine\": {\"enabled\": true, \"max_out_tokens\": 9}
+  |                    ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^ not built yet
+  = hint: set `hybrid_engine.enabled` to false, or delete the block"
     );
     for (text, path) in [
         (
@@ -237,7 +237,6 @@ fn a_feature_that_is_not_built() {
             "{\"zero_optimization\": {\"stage\": 2, \"offload_optimizer\": {\"super_offload\": true}}}",
             "zero_optimization.offload_optimizer.super_offload",
         ),
-        ("{\"flops_profiler\": {\"enabled\": true}}", "flops_profiler"),
         ("{\"autotuning\": {\"enabled\": true, \"fast\": false}}", "autotuning"),
         ("{\"tensor_parallel\": {\"autotp_size\": 2}}", "tensor_parallel.autotp_size"),
         ("{\"sequence_parallel_size\": 2}", "sequence_parallel_size"),

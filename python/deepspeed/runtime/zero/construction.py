@@ -144,7 +144,8 @@ def _judged(config: Any) -> _native.Config | None:
         return None
     from deepspeed.runtime.config import judge
 
-    return judge(config)
+    # Libraries build the model before they have filled in what depends on it.
+    return judge(config, template=True)
 
 
 def _dtype_rule(dtype: torch.dtype | None, config: _native.Config | None) -> Callable[[torch.dtype], torch.dtype]:
