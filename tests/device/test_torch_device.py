@@ -93,7 +93,7 @@ def weights_away(folder: str, backend: str | None) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("backend", [None, "gloo"])
+@pytest.mark.parametrize("backend", [None, "cpu:gloo"])
 def test_where_the_weights_wait_changes_no_bit(backend: str | None, tmp_path: Any) -> None:
     for found in run_ranks(weights_away, 2, str(tmp_path), backend, env=FORCED, deadline=120):
         for precision in ("fp32", "bf16"):

@@ -54,7 +54,7 @@ def train(folder: str, backend: str | None) -> dict[str, float]:
     return {"first": losses[0], "last": losses[-1], "grown": grown}
 
 
-@pytest.mark.parametrize(("world", "backend"), [(1, None), (2, None), (2, "gloo")])
+@pytest.mark.parametrize(("world", "backend"), [(1, None), (2, None), (2, "cpu:gloo")])
 def test_everything_on_nvme_stays_under_a_quarter_of_the_fp32_state(
     world: int, backend: str | None, tmp_path: Path
 ) -> None:
