@@ -9,7 +9,7 @@ SOURCES := $(shell find crates python build_backend -type f \( -name '*.rs' -o -
            Cargo.toml Cargo.lock pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv wheel train test test-rust test-python check api format bench clean
+.PHONY: help venv wheel train test test-rust test-python check check-rust check-python api format bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,9 +43,13 @@ test-rust: ## Run the Rust tests: no Python, no torch, no GPU
 test-python: venv ## Run the Python tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests benches $(ARGS)
 
-check: $(VENV)/requirements ## Check formatting, lints, types and the share of Python
+check: check-rust check-python ## Check formatting, lints, types and the share of Python
+
+check-rust:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+check-python: $(VENV)/requirements
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
