@@ -240,7 +240,7 @@ fn bad_arguments_and_filters_are_explained() {
         (&["--num_gpsu", "2", "t.sh"][..], "--num_gpus"),
         (&["--num_gpus", "two", "t.sh"], "invalid value 'two'"),
         (&["--master_port", "99999", "t.sh"], "99999"),
-        (&["-H", "hosts", "--launcher", "pdsh", "--no_python", "./t.sh"], "--launcher=pdsh is not built yet"),
+        (&["-H", "hosts", "--launcher", "pdhs", "--no_python", "./t.sh"], "did you mean 'pdsh'?"),
         (&["--include", "worker-9", "--no_python", "./t.sh"], "hostname 'worker-9' not found"),
         (&["--exclude", "localhost", "--no_python", "./t.sh"], "no slot is left after --exclude"),
         (&["--module", "--no_python", "t"], "--no_python and --module contradict each other"),
