@@ -38,12 +38,14 @@ def assert_close(what: str, ours: list[float], theirs: list[float], tolerance: f
 def test_agrees_with_the_original(name: str, tmp_path: Path) -> None:
     found, recorded = play(name, tmp_path), RECORDED[name]
     assert all(map(math.isfinite, found["losses"]))
-    assert found["losses"][-1] < found["losses"][0]
-    if "error" in recorded:  # what the original cannot run is asked to run
+    if "error" in recorded:  # what the original cannot run is asked to learn
+        assert found["losses"][-1] < found["losses"][0]
         return
     losses, norms = TOLERANCES[CASES[name].precision]
     assert_close("the loss", found["losses"], recorded["losses"], losses)
-    assert found.get("rates") == pytest.approx(recorded.get("rates"), rel=1e-9)
+    assert ("rates" in found) == ("rates" in recorded)
+    if "rates" in recorded:
+        assert found["rates"] == pytest.approx(recorded["rates"], rel=1e-9)
     if recorded.get("norms"):
         assert_close("the norm", found["norms"], recorded["norms"], norms)
     if "eval" in recorded:
