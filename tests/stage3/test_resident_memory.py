@@ -62,5 +62,6 @@ def test_everything_on_nvme_stays_under_a_quarter_of_the_fp32_state(
     state = 3 * 4 * LAYERS * WIDTH * WIDTH
     found = run_ranks(train, world, str(tmp_path), backend, deadline=120)
     assert all(rank["last"] != rank["first"] for rank in found), "the model trains"
-    total = sum(rank["grown"] for rank in found)
-    assert 0 < total < state / 4, f"{total / MIB:.0f} MiB of {state / MIB:.0f} MiB"
+    # Ranks that share no memory stand for hosts: there each has its own.
+    on_host = (max if backend else sum)(rank["grown"] for rank in found)
+    assert 0 < on_host < state / 4, f"{on_host / MIB:.0f} MiB of {state / MIB:.0f} MiB"
