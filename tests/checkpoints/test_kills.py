@@ -36,11 +36,13 @@ def save_until_killed(folder: str, stage: int, block: dict[str, Any], moment: fl
     signs.mkdir(parents=True, exist_ok=True)
 
     def die() -> None:
-        # All ranks at one instant, counted from when the last of them has saved once.
-        while len(os.listdir(signs)) < 2:
+        # All ranks at one instant, counted from when the last of them has saved once. Whoever wakes first kills the others, too: a
+        # rank that is late on a busy machine would see the other go, and end with an error instead.
+        while len(pids := [int(name) for name in os.listdir(signs)]) < 2:
             time.sleep(0.001)
         time.sleep(moment)
-        os.kill(os.getpid(), signal.SIGKILL)
+        for pid in sorted(pids, key=os.getpid().__eq__):
+            os.kill(pid, signal.SIGKILL)
 
     threading.Thread(target=die, daemon=True).start()
     first = engine.global_steps
@@ -50,7 +52,7 @@ def save_until_killed(folder: str, stage: int, block: dict[str, Any], moment: fl
         if index == first:
             # There is something to go on from before anybody is killed.
             engine.wait_for_checkpoint()
-            (signs / str(engine.global_rank)).touch()
+            (signs / str(os.getpid())).touch()
 
 
 def go_on(folder: str, stage: int, block: dict[str, Any]) -> tuple[int, str, float]:
