@@ -1,7 +1,7 @@
 """One rank of a golden run: trains every case with whichever `deepspeed` this interpreter has.
 
-Started by ranks.py with the usual variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK). Appends one JSON
-line per case to its own file.
+Under the harness the ranks call `run_cases`. As a script, started by golden_ranks.py with the usual variables (RANK,
+WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK), it appends one JSON line per case to its own file.
 """
 
 import argparse
@@ -9,10 +9,11 @@ import importlib
 import json
 import os
 import traceback
+from collections.abc import Iterator
 
 import torch
-from cases import CLIENT, STEPS, all_cases
-from model import batch, build
+from golden_cases import CLIENT, STEPS, all_cases
+from golden_model import batch, build
 
 import deepspeed
 
@@ -32,7 +33,7 @@ def weights(module) -> dict[str, list[float]]:
     return out
 
 
-def train(config: dict, rank: int) -> dict:
+def train(config: dict, rank: int, steps: int = STEPS) -> dict:
     model = build()
     out = {"initial": weights(model), "losses": [], "norms": [], "rates": [], "momentum": []}
     client = config.pop(CLIENT, None)
@@ -43,7 +44,7 @@ def train(config: dict, rank: int) -> dict:
         model=model, optimizer=client, model_parameters=model.parameters(), config=config
     )
     accumulation = engine.gradient_accumulation_steps()
-    for step in range(STEPS):
+    for step in range(steps):
         out["rates"].append(number(optimizer.param_groups[0]["lr"]))
         betas = optimizer.param_groups[0].get("betas")
         out["momentum"].append(number(betas[0]) if betas else None)
@@ -61,30 +62,36 @@ def train(config: dict, rank: int) -> dict:
     return out
 
 
+def run_cases(only: str = "", backend: str | None = None, steps: int = STEPS) -> Iterator[tuple[str, dict]]:
+    """(name, result) of "versions" and of every case whose name contains `only`."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    deepspeed.init_distributed(backend)
+    world = int(os.environ["WORLD_SIZE"])
+    yield "versions", {"deepspeed": deepspeed.__version__, "torch": torch.__version__, "world": world}
+    for name, config in all_cases().items():
+        if only in name:
+            try:
+                yield name, train(config, rank, steps)
+            except Exception as error:  # what the engine refuses is a result too
+                yield name, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    torch.distributed.barrier()
+
+
+def results(only: str, backend: str | None, steps: int) -> dict[str, dict]:
+    return dict(run_cases(only, backend, steps))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument("--backend", help="passed to init_distributed; without it the engine chooses")
-    parser.add_argument("--only", help="run the cases whose names contain this")
+    parser.add_argument("--only", default="", help="run the cases whose names contain this")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    deepspeed.init_distributed(args.backend)
-    versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__, "world": int(os.environ["WORLD_SIZE"])}
-    with open(os.path.join(args.out, f"rank{rank}.jsonl"), "w", encoding="utf-8") as file:
-        for name, config in {"versions": versions, **all_cases()}.items():
-            if name == "versions":
-                line = versions
-            elif args.only and args.only not in name:
-                continue
-            else:
-                try:
-                    line = train(config, rank)
-                except Exception as error:  # what the engine refuses is a result too
-                    line = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-            file.write(json.dumps({"name": name, "result": line}) + "\n")
+    with open(os.path.join(args.out, f"rank{os.environ['RANK']}.jsonl"), "w", encoding="utf-8") as file:
+        for name, result in run_cases(args.only, args.backend):
+            file.write(json.dumps({"name": name, "result": result}) + "\n")
             file.flush()
-    torch.distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The configurations of the golden recordings, by name."""
 
-from model import MICRO_BATCH
+from golden_model import MICRO_BATCH
 
 STEPS = 50
 CLIENT = "client optimizer"
@@ -147,7 +147,7 @@ def all_cases() -> dict[str, dict]:
                 stage=stage, optimizer=optimizer, scheduler=None, zero_allow_untested_optimizer=True
             )
 
-    # Optimizers that the client builds: (module, class, arguments), under the key that worker.py takes out.
+    # Optimizers that the client builds: (module, class, arguments), under the key that golden_worker.py takes out.
     clients = {
         "cpu-adam": ("deepspeed.ops.adam", "DeepSpeedCPUAdam", {"lr": 1e-3, "weight_decay": 0.1}),
         "cpu-adam-l2": (

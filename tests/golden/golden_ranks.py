@@ -1,4 +1,4 @@
-"""Runs worker.py in several processes of one interpreter and gathers what they wrote."""
+"""Runs golden_worker.py in several processes of one interpreter and gathers what they wrote."""
 
 import json
 import os
@@ -41,7 +41,9 @@ def run(
             # The original builds its operators with the ninja of its own environment.
             "PATH": os.path.dirname(python) + os.pathsep + os.environ.get("PATH", ""),
         }
-        command = [python, os.path.join(HERE, "worker.py"), "--out", folder] + ([f"--only={only}"] if only else [])
+        command = [python, os.path.join(HERE, "golden_worker.py"), "--out", folder] + (
+            [f"--only={only}"] if only else []
+        )
         command += ["--backend", backend] if backend else []
         ranks = [
             subprocess.Popen(
@@ -90,4 +92,4 @@ def tail(log: str, lines: int = 30) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit("this is a module: see record.py and test_golden.py")
+    sys.exit("this is a module: see record_golden.py")

@@ -1,7 +1,7 @@
-"""Records what the original does in every case of cases.py, as tests/golden/recorded/CASE.json.
+"""Records what the original does in every case of golden_cases.py, as tests/golden/recorded/CASE.json.
 
     benches/peer-venv.sh FOLDER
-    python tests/golden/record.py --python FOLDER/bin/python [--only TEXT]
+    python tests/golden/record_golden.py --python FOLDER/bin/python [--only TEXT]
 
 A case that the original cannot run is recorded with its error, so that the gap is visible.
 """
@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 
-import ranks
+import golden_ranks as ranks
 
 RECORDED = os.path.join(ranks.HERE, "recorded")
 
