@@ -79,7 +79,7 @@ pub(crate) struct Saving {
 impl Saving {
     /// [`Saving::status`] of a thread that is not done.
     pub(crate) const GOES_ON: u8 = 0;
-    const OVER: u8 = 1;
+    pub(crate) const OVER: u8 = 1;
 
     /// Whether this rank's thread is done, for the others.
     pub(crate) fn status(&self) -> u8 {
