@@ -24,6 +24,11 @@ def without_files() -> int:
     return _bytes("Pss_Anon", "Pss_Shmem")
 
 
+def private() -> int:
+    """Memory that this process alone has: neither shared nor of files."""
+    return _bytes("Anonymous")
+
+
 def _bytes(*kinds: str) -> int:
     lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     found = {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in lines}
