@@ -13,6 +13,7 @@ import torch
 
 from deepspeed import _native
 from deepspeed.checkpoint.export_script import main as main
+from deepspeed.runtime.zero.ordinary import held_elsewhere, make_ordinary
 from deepspeed.utils.logging import logger
 
 
@@ -85,9 +86,18 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 def load_state_dict_from_zero_checkpoint(
     model: torch.nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
 ) -> torch.nn.Module:
-    """`model` on the CPU with the fp32 weights of the checkpoint. It can no longer be trained by the engine it is in."""
+    """`model` on the CPU with the fp32 weights of the checkpoint, in the dtypes that it has. It can no longer be trained by the
+    engine it is in; at stage 3 that engine is destroyed, and the model is an ordinary one from here on."""
+    state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    lost = sorted(held_elsewhere(model) - state.keys())
+    if lost:
+        raise RuntimeError(
+            f"the model's weights lie on all ranks, and the checkpoint {os.fspath(checkpoint_dir)} was saved without "
+            f"{', '.join(lost)}"
+        )
+    make_ordinary(model)
     model = model.cpu()
-    model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag), strict=False)
+    model.load_state_dict(state, strict=False)
     return model
 
 
