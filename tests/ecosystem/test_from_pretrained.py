@@ -50,7 +50,7 @@ def load(small: str, large: str, backend: str | None) -> dict[str, Any]:
     # What the libraries, the process group and the first model of all take is not the model's.
     AutoModelForCausalLM.from_pretrained(small)
     before = anonymous()
-    with Watch(private) as watch:
+    with Watch(anonymous) as watch:
         model = AutoModelForCausalLM.from_pretrained(large)
     after = anonymous() - before
     held = sum(
