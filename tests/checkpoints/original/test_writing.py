@@ -155,6 +155,7 @@ def test_the_script_that_the_original_puts_beside_its_checkpoints_runs(
     name: str,
 ) -> None:
     [script] = Path(os.environ["DS_PEER_VENV"]).glob("lib/python*/site-packages/deepspeed/utils/zero_to_fp32.py")
+    script = shutil.copy(script, tmp_path)
     run_command([sys.executable, script, recorded / name, tmp_path / "out", "--tag", "step3"]).check()
     theirs = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
     ours = get_fp32_state_dict_from_zero_checkpoint(recorded / name)
