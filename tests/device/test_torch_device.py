@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import variants
-from harness import run_ranks
+from harness import run_outcomes, run_ranks
 from models import CASES
 from toy import build, config, micro_step, run, start
 from variants import digest, whole
@@ -283,3 +283,40 @@ def single_parameters(stage: int, precision: str) -> dict[str, bool]:
 def test_single_parameters_can_be_read_and_written(stage: int, precision: str) -> None:
     for found in run_ranks(single_parameters, 2, stage, precision, env=FORCED):
         assert all(found.values()), found
+
+
+class Chosen(torch.nn.Module):
+    """Two equal experts, one for each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, rank: int, x: torch.Tensor) -> torch.Tensor:
+        return self.experts[rank](x).square().mean()
+
+
+def apart(leaf: bool) -> list[float]:
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="cpu:gloo", verbose=False)
+    torch.manual_seed(0)
+    model = Chosen()
+    if leaf:
+        deepspeed.utils.set_z3_leaf_modules(model, [Chosen])
+    engine = start(variants.config("3"), model)
+    losses = []
+    for _ in range(2):
+        loss = engine(engine.global_rank, torch.ones(2, 32))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_ranks_that_compute_with_each_others_units_are_told() -> None:
+    """The transport moves what it is given: two units of one size go together without an error of its own."""
+    outcomes = run_outcomes(apart, 2, False, env=FORCED)
+    assert all("set_z3_leaf_modules" in outcome.error for outcome in outcomes), [it.describe() for it in outcomes]
+    for losses in run_ranks(apart, 2, True, env=FORCED):
+        assert losses[1] < losses[0]

@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE / "scripts"), str(HERE.parent / "stage3")]
 
 from harness import run_ranks  # noqa: E402
 from library_cases import PRELOAD  # noqa: E402
-from resident import MIB, Watch, private  # noqa: E402
+from resident import MIB, Watch, anonymous  # noqa: E402
 
 WORLD = 2
 CONFIG: dict[str, Any] = {
@@ -49,10 +49,10 @@ def load(small: str, large: str, backend: str | None) -> dict[str, Any]:
     kept = HfDeepSpeedConfig(CONFIG)
     # What the libraries, the process group and the first model of all take is not the model's.
     AutoModelForCausalLM.from_pretrained(small)
-    before = private()
-    with Watch(private) as watch:
+    before = anonymous()
+    with Watch(anonymous) as watch:
         model = AutoModelForCausalLM.from_pretrained(large)
-    after = private() - before
+    after = anonymous() - before
     held = sum(
         s.nbytes() for s in {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}.values()
     )

@@ -123,6 +123,10 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// [`DeviceError`].
     fn square_sums(&self) -> Result<Vec<f64>, DeviceError>;
 
+    /// A fingerprint of what the device has exchanged with those of other ranks by itself since it was last asked, without
+    /// the group, which would have noticed that ranks disagree: equal on ranks that have made the same exchanges.
+    fn exchanges(&self) -> u64;
+
     /// Multiplies the gradient shards of units that are updated here.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use deepspeed_checkpoint::Chosen;
 use deepspeed_comm::Group;
-use deepspeed_core::{Layout, ParamSpec, SpanMut, UnitId};
+use deepspeed_core::{Layout, ParamSpec, Rank, SpanMut, UnitId};
 use deepspeed_kernels::parallel::Workers;
 use deepspeed_monitor::{Counters, Phase, PhaseTimes, Progress, StepLine, Stopwatch};
 use deepspeed_optim::{Hyper, LossScaler, OptimizerKind, state_names};
@@ -369,8 +369,13 @@ impl Engine {
         let mine: f64 = self.shards.iter().map(|shard| shard.square_sum).sum();
         let mut message = mine.to_le_bytes().to_vec();
         // The ranks learn here, and all at once, that a save behind training is over.
-        message.extend(self.saving.as_ref().map(Saving::status));
+        message.push(self.saving.as_ref().map_or(Saving::OVER, Saving::status));
+        message.extend(self.device.as_ref().map_or(0, |device| device.exchanges()).to_le_bytes());
         let all = self.group.all_gather_bytes("gradient norm", &message)?;
+        let exchanges = |bytes: &[u8]| bytes.get(9..).map(<[u8]>::to_vec);
+        if let Some(rank) = all.iter().position(|bytes| exchanges(bytes) != exchanges(&all[0])) {
+            return Err(EngineError::Exchanges { rank: Rank::from_index(rank) });
+        }
         let mut total = 0.0;
         let mut over = true;
         for bytes in &all {

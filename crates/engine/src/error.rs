@@ -59,6 +59,17 @@ pub enum EngineError {
         /// More advice, or nothing.
         hint: &'static str,
     },
+    /// Ranks that have gathered or reduced different units, found where nothing else would tell.
+    #[error(
+        "since the last step rank {rank} has gathered other weights on its device than rank 0, or in another order, so that \
+         ranks have computed with each other's units; no weight has been changed. At ZeRO stage 3 ranks run the same modules \
+         in the same order; what they may choose apart (experts, branches) belongs below one leaf: \
+         deepspeed.utils.set_z3_leaf_modules"
+    )]
+    Exchanges {
+        /// The first rank that differs from rank 0.
+        rank: deepspeed_core::Rank,
+    },
     /// A gradient or weight whose length is not the parameter's.
     #[error("{what} of parameter `{name}` has {got} elements, the parameter has {expected}")]
     Length {

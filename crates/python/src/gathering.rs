@@ -199,7 +199,9 @@ impl PyGathering {
     /// The backward pass is over.
     fn end_pass(&mut self, py: Python<'_>) -> PyResult<()> {
         let actions = self.state.end_pass();
-        self.perform(py, &actions)
+        self.perform(py, &actions)?;
+        // What stays is read by programs that tell nobody.
+        self.wait_for(py, |_, _| true)
     }
 
     /// The engine's shards have new values.

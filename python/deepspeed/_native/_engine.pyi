@@ -75,8 +75,9 @@ class Engine:
         """On a device that has the state: for a client's optimizer on shards, per fragment of a parameter, its index,
         first element, number of elements, fp32 gradients and masters. None elsewhere."""
 
-    def offload_states(self, kinds: Sequence[str]) -> bool:
-        """Moves state of these kinds off the device, until `reload_states`. False where there is no device."""
+    def offload_states(self, kinds: Sequence[str], pin: bool) -> bool:
+        """Moves state of these kinds off the device, to memory that is pinned if `pin`, until `reload_states`. False where there
+        is no device."""
 
     def reload_states(self) -> None:
         """Takes `offload_states` back."""

@@ -506,14 +506,24 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
                 home.end_write([], None)
                 home.end_read([])
 
-    def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **_ignored: Any) -> None:
-        """Compiles the module in place with torch.compile's machinery."""
+    def compile(
+        self,
+        backend: Any = "inductor",
+        compile_kwargs: dict[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compiles the module in place with torch.compile; at stage 3 where weights are gathered, module by module: what
+        runs between two gatherings."""
+        if schedule is not None:
+            not_built("engine.compile(schedule=...)", "DeepCompile")
+        if compiled_autograd_enabled:
+            not_built("engine.compile(compiled_autograd_enabled=True)", "compiled autograd")
+        options = {"backend": backend, **(compile_kwargs or {})}
         if self._gather_hooks is not None:
-            not_built(
-                "engine.compile() at ZeRO stage 3 where weights are gathered",
-                "compiled modules whose weights are gathered",
-            )
-        self.module.compile(backend=backend, **(compile_kwargs or {}))
+            self._gather_hooks.compile(options)
+        else:
+            self.module.compile(**options)
         self._compiled = True
 
     @property

@@ -27,8 +27,8 @@ class StateMethods:
         """Moves state (all kinds, or those in `include`) from the accelerator to the host until `reload_states`.
 
         Without an accelerator all state is in the host's memory, or on the disk the config names: nothing moves. With
-        `lp_params` moved, the module cannot run until then. Memory is pinned, and copies are made without waiting, where
-        the accelerator allows it, whatever `pin_memory` and `non_blocking` say.
+        `lp_params` moved, the module cannot run until then. The host's memory is pinned unless `pin_memory` is false.
+        Memory of the accelerator is free when this returns: copies are waited for, whatever `non_blocking` says.
         """
         kinds = [OffloadStateTypeEnum(kind).value for kind in (include or OffloadStateTypeEnum)]
         if OffloadDeviceEnum(device) is not OffloadDeviceEnum.cpu:
@@ -36,7 +36,7 @@ class StateMethods:
                 f"offload_states(device={OffloadDeviceEnum(device).value!r}): state moves to 'cpu'; "
                 "zero_optimization.offload_optimizer keeps it on NVMe all the time"
             )
-        if not self._native.offload_states(kinds):
+        if not self._native.offload_states(kinds, pin_memory):
             logger.info("offload_states(%s): the state of a model on the CPU is in the host's memory", ", ".join(kinds))
 
     def reload_states(self, non_blocking: bool = False) -> None:

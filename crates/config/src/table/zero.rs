@@ -23,10 +23,6 @@ const fn gathering(path: &'static str, kind: Kind, default: &'static str, meanin
 const MAPPED: &str =
     "weights on a disk are mapped: the system reads them when they are used and keeps what fits";
 
-/// Why nothing chooses whether memory is pinned.
-const PINNED: &str =
-    "host memory that an accelerator copies from or to is always pinned, and a CPU has no use for it";
-
 const DEVICES: Kind = Kind::Choice(&["none", "cpu", "nvme"]);
 
 pub(super) const SETTINGS: &[Setting] = &[
@@ -180,12 +176,11 @@ pub(super) const SETTINGS: &[Setting] = &[
         "1000000000",
         "Elements of a rank's part that stay in the host's memory with nvme; the others leave it after each use.",
     ),
-    no_effect(
+    built(
         "zero_optimization.offload_param.pin_memory",
         Kind::Bool,
         "true",
-        "Use pinned host memory where there is an accelerator.",
-        PINNED,
+        "Pin the host's memory that weights wait in, where there is an accelerator; a CPU has no use for it.",
     ),
     built(
         "zero_optimization.offload_optimizer",
@@ -211,12 +206,11 @@ pub(super) const SETTINGS: &[Setting] = &[
         "4",
         "Units whose state is in memory at one time with nvme, where reading or writing is pipelined.",
     ),
-    no_effect(
+    built(
         "zero_optimization.offload_optimizer.pin_memory",
         Kind::Bool,
         "true",
-        "Use pinned host memory where there is an accelerator.",
-        PINNED,
+        "Pin the host's memory that gradients come to, where there is an accelerator; a CPU has no use for it.",
     ),
     built(
         "zero_optimization.offload_optimizer.pipeline_read",

@@ -12,9 +12,9 @@ use super::{
 const KINDS: [&str; 5] = ["optim_states", "hp_params", "lp_params", "lp_grads", "contiguous_grad_buffer"];
 
 impl TorchDevice {
-    /// Moves tensors of these kinds to the host's memory. Their memory on the device is free afterwards; what shares it, as
+    /// Moves tensors of these kinds to the host's memory, which is pinned if `pin`. Their memory on the device is free afterwards; what shares it, as
     /// parameters below stage 3 do, has no values until `reload`.
-    pub(crate) fn evict(&self, py: Python<'_>, kinds: &[String]) -> PyResult<()> {
+    pub(crate) fn evict(&self, py: Python<'_>, kinds: &[String], pin: bool) -> PyResult<()> {
         self.ops.join(py, Side::Reduce)?;
         self.ops.join(py, Side::Gather)?;
         let asked = |kind: &str| kinds.iter().any(|it| it == kind);
@@ -46,7 +46,7 @@ impl TorchDevice {
                 continue;
             }
             let dtype = crate::tensors::dtype_of(&bound.getattr(intern!(py, "dtype"))?)?;
-            let copy = self.ops.host_zeros(py, bound.len()?, dtype.unwrap_or(DType::F32))?;
+            let copy = self.ops.host_zeros(py, bound.len()?, dtype.unwrap_or(DType::F32), pin)?;
             copy.bind(py).copy_(bound)?;
             resize(bound, 0)?;
             evicted.push((tensor.clone_ref(py), copy));

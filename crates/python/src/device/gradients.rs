@@ -7,7 +7,7 @@ use deepspeed_zero::Exchange;
 use pyo3::{exceptions::PyRuntimeError, intern, prelude::*, types::PyDict};
 
 use super::{
-    TorchDevice, lock,
+    Exchanged, TorchDevice, lock,
     ops::{Flat, Side, Tensor},
 };
 use crate::enter::enter;
@@ -52,6 +52,10 @@ impl TorchDevice {
         factor: f32,
         first: bool,
     ) -> PyResult<()> {
+        if first {
+            // The last sum may still be on its way to the other ranks.
+            self.ops.join(py, Side::Reduce)?;
+        }
         let mut sums = lock(&self.sums);
         if sums.is_empty() {
             let zeros = |unit: &Unit| self.ops.zeros(py, unit.len(), DType::F32);
@@ -85,6 +89,7 @@ impl TorchDevice {
             None => flat,
             Some(wire) => flat.to_dtype(DType::F32)?.times(f64::from(exchange.before))?.to_dtype(wire)?,
         };
+        self.note_exchange(Exchanged::Gradients, unit.id.index());
         self.ops.used_beside(&flat, Side::Reduce)?;
         self.ops.beside(py, Side::Reduce, || self.reduce_flat(py, unit, what, &flat, exchange, into))
     }

@@ -44,6 +44,22 @@ struct UnitTensors {
     whole: Option<Py<PyAny>>,
 }
 
+/// Which of a device's tensors in the host's memory are pinned.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pins {
+    /// Gradients that the host updates with: `offload_optimizer.pin_memory`.
+    pub(crate) gradients: bool,
+    /// Shards of the weights: `offload_param.pin_memory`.
+    pub(crate) weights: bool,
+}
+
+/// What torch.distributed moves.
+#[derive(Clone, Copy, Debug)]
+enum Exchanged {
+    Gradients,
+    Weights,
+}
+
 /// One device, the parameters that live on it, and the engine's memory there.
 pub(crate) struct TorchDevice {
     ops: Ops,
@@ -51,6 +67,7 @@ pub(crate) struct TorchDevice {
     group: Arc<dyn Group>,
     /// `torch.distributed`, where that moves the device's memory itself.
     direct: Option<Py<PyAny>>,
+    pins: Pins,
     /// By number: trained, then frozen.
     parameters: Vec<Py<PyAny>>,
     rank: OnceLock<Rank>,
@@ -61,6 +78,8 @@ pub(crate) struct TorchDevice {
     norms: Mutex<Vec<Option<Py<PyAny>>>>,
     /// By number of a unit that is gathered beside the program's work: when that is over.
     gathered: Mutex<HashMap<usize, Py<PyAny>>>,
+    /// A running fingerprint of what torch.distributed has moved between ranks.
+    exchanged: Mutex<u64>,
     /// Tensors without memory, with their values in the host's.
     evicted: Mutex<Vec<(Py<PyAny>, Py<PyAny>)>>,
 }
@@ -83,6 +102,7 @@ impl TorchDevice {
         parameters: Vec<Py<PyAny>>,
         group: Arc<dyn Group>,
         direct: bool,
+        pins: Pins,
     ) -> PyResult<Self> {
         let py = device.py();
         let distributed =
@@ -97,12 +117,14 @@ impl TorchDevice {
             name: format!("{device} by torch{moved}"),
             group,
             direct: distributed,
+            pins,
             parameters,
             rank: OnceLock::new(),
             units: OnceLock::new(),
             sums: Mutex::default(),
             norms: Mutex::default(),
             gathered: Mutex::default(),
+            exchanged: Mutex::default(),
             evicted: Mutex::default(),
         })
     }
@@ -136,6 +158,18 @@ impl TorchDevice {
     fn unit(&self, number: usize) -> PyResult<&UnitTensors> {
         let missing = || PyRuntimeError::new_err(format!("{} has no unit {number}", self.name));
         self.units().get(number).ok_or_else(missing)
+    }
+
+    /// torch.distributed is about to move something of unit `number`.
+    fn note_exchange(&self, kind: Exchanged, number: usize) {
+        if self.direct.is_some() {
+            // FNV-1a, of numbers instead of bytes.
+            const PRIME: u64 = 0x100_0000_01b3;
+            let mut hash = lock(&self.exchanged);
+            for word in [kind as u64 + 1, number as u64] {
+                *hash = (*hash ^ word).wrapping_mul(PRIME).rotate_left(17);
+            }
+        }
     }
 
     fn rank(&self) -> Rank {
@@ -184,7 +218,9 @@ impl TorchDevice {
             let gradient = match (trained, resident) {
                 (false, _) => None,
                 (true, true) => Some(here(unit.shard_len, DType::F32)?),
-                (true, false) => Some(self.ops.host_zeros(py, unit.shard_len, DType::F32)?),
+                (true, false) => {
+                    Some(self.ops.host_zeros(py, unit.shard_len, DType::F32, self.pins.gradients)?)
+                }
             };
             let apart = unit.dtype != DType::F32 || away;
             let master = (resident && apart).then(|| here(unit.shard_len, DType::F32));
@@ -201,7 +237,9 @@ impl TorchDevice {
                     // it asks something of the device, and the device uses it only then.
                     unsafe { ops::over(py, address, own.len(), own.dtype(), keeper.as_ref())? }.unbind()
                 }
-                (None, ShardHome::Host) => self.ops.host_zeros(py, unit.shard_len, unit.dtype)?,
+                (None, ShardHome::Host) => {
+                    self.ops.host_zeros(py, unit.shard_len, unit.dtype, self.pins.weights)?
+                }
                 (None, ShardHome::Device) => here(unit.shard_len, unit.dtype)?,
             };
             Ok(UnitTensors {
@@ -258,6 +296,10 @@ impl Device for TorchDevice {
         self.attached(|py| self.norms_squared(py))
     }
 
+    fn exchanges(&self) -> u64 {
+        std::mem::take(&mut *lock(&self.exchanged))
+    }
+
     fn scale_gradients(&self, factor: f32) -> Result<(), DeviceError> {
         self.attached(|py| {
             self.ops.join(py, Side::Reduce)?;
@@ -295,7 +337,8 @@ impl Device for TorchDevice {
                 self.take_replaced(py, std::iter::once(self.unit(unit)?))?;
             }
             let tensor = self.tensor(py, unit, part)?;
-            if part == Part::Gradient {
+            if self.is_on_host(&tensor)? {
+                // What the device copies there is queued.
                 self.wait(py)?;
             }
             copy_out(&tensor, target)
@@ -306,6 +349,10 @@ impl Device for TorchDevice {
         self.attached(|py| {
             self.ops.join(py, Side::Reduce)?;
             let tensor = self.tensor(py, unit, part)?;
+            if self.is_on_host(&tensor)? {
+                // The device may still read what was there, or write to it.
+                self.wait(py)?;
+            }
             copy_in(&tensor, source)?;
             if part == Part::Gradient {
                 self.note_norm(unit, &self.ops.here(&tensor)?)?;

@@ -137,11 +137,17 @@ impl Ops {
         self.torch(py).call_method("empty", (len,), Some(&options))
     }
 
-    /// `len` zeros in the host's memory, pinned where that is of use.
-    pub(crate) fn host_zeros(&self, py: Python<'_>, len: usize, dtype: DType) -> PyResult<Py<PyAny>> {
+    /// `len` zeros in the host's memory; with `pin`, pinned where that is of use.
+    pub(crate) fn host_zeros(
+        &self,
+        py: Python<'_>,
+        len: usize,
+        dtype: DType,
+        pin: bool,
+    ) -> PyResult<Py<PyAny>> {
         let options = PyDict::new(py);
         options.set_item("dtype", torch_dtype(py, dtype)?)?;
-        options.set_item("pin_memory", self.is_accelerator())?;
+        options.set_item("pin_memory", pin && self.is_accelerator())?;
         self.torch(py).call_method("zeros", (len,), Some(&options)).map(Bound::unbind)
     }
 
@@ -160,7 +166,7 @@ impl Ops {
             return found.bind(py).part(0, len);
         }
         staging.retain(|(known, _, _)| *known != dtype);
-        let tensor = self.host_zeros(py, len, dtype)?;
+        let tensor = self.host_zeros(py, len, dtype, true)?;
         let part = tensor.bind(py).part(0, len)?;
         staging.push((dtype, len, tensor));
         Ok(part)

@@ -9,7 +9,7 @@ use pyo3::{
 };
 
 use super::{
-    TorchDevice, UnitTensors,
+    Exchanged, TorchDevice, UnitTensors,
     gradients::span_of,
     lock,
     ops::{Flat, Side, Tensor},
@@ -126,6 +126,7 @@ impl TorchDevice {
     /// shards of unit `number`; [`wait_for_gathered`](Self::wait_for_gathered) comes before its first use. Collective.
     pub(crate) fn gather_unit(&self, py: Python<'_>, number: usize, whole: &Tensor<'_>) -> PyResult<()> {
         let tensors = self.unit(number)?;
+        self.note_exchange(Exchanged::Weights, number);
         self.ops.beside(py, Side::Gather, || {
             let own = self.ops.here(tensors.weight.bind(py))?;
             self.gather_shards(py, &tensors.unit, "weights", &own, whole)

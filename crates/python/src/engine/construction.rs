@@ -15,7 +15,7 @@ use pyo3::{
 use super::{PyEngine, hypers, weights::on_host};
 use crate::{
     config::PyConfig,
-    device::TorchDevice,
+    device::{Pins, TorchDevice},
     enter::enter,
     errors::IntoPyErr,
     gathering::is_released,
@@ -93,10 +93,14 @@ impl PyEngine {
         let config = &config.config;
         let all: Vec<Bound<'_, PyAny>> =
             tensors.iter().cloned().chain(frozen.iter().map(|(_, tensor, _)| tensor.clone())).collect();
+        let pins = Pins {
+            gradients: config.zero.offload_optimizer.pin_memory,
+            weights: config.zero.offload_param.pin_memory,
+        };
         let device = device
             .map(|device| {
                 let parameters = all.iter().map(|tensor| tensor.clone().unbind()).collect();
-                TorchDevice::new(device, parameters, group.clone(), direct).map(Arc::new)
+                TorchDevice::new(device, parameters, group.clone(), direct, pins).map(Arc::new)
             })
             .transpose()?;
         let device_memory = device.as_ref().map_or(Ok(None), |device| device.memory(py))?;

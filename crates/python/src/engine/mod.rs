@@ -105,10 +105,11 @@ impl PyEngine {
         self.device.as_ref().map_or(Ok(()), |device| device.adopt_parameters(py))
     }
 
-    /// Moves state of these kinds off the device, until `reload_states`. False where there is no device.
-    fn offload_states(&self, py: Python<'_>, kinds: Vec<String>) -> PyResult<bool> {
+    /// Moves state of these kinds off the device, to memory that is pinned if `pin`, until `reload_states`. False where there
+    /// is no device.
+    fn offload_states(&self, py: Python<'_>, kinds: Vec<String>, pin: bool) -> PyResult<bool> {
         let Some(device) = &self.device else { return Ok(false) };
-        device.evict(py, &kinds).map(|()| true)
+        device.evict(py, &kinds, pin).map(|()| true)
     }
 
     /// Takes `offload_states` back.

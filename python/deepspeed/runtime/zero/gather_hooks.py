@@ -16,6 +16,7 @@ import torch
 
 from deepspeed import _native
 from deepspeed.runtime.parameters import grad_tensors, tensors_in
+from deepspeed.runtime.zero.compiled_call import CompiledCall
 from deepspeed.runtime.zero.sharded_parameter import ZeroParamStatus
 from deepspeed.utils.z3_leaf_module import z3_leaf_module
 
@@ -42,7 +43,8 @@ class GatherHooks:
         )
         self._units = self.native.param_units()
         self._calls: list[_Call] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        # Modules with hooks: number, whether it gathers, the handles of the hooks.
+        self._hooked: dict[torch.nn.Module, tuple[int, bool, list[torch.utils.hooks.RemovableHandle]]] = {}
         self._modules = [m for _, m in tree]
         for index, number, gathers in self.native.modules():
             self._hook(tree[index][1], number, gathers)
@@ -62,14 +64,27 @@ class GatherHooks:
         return None if number is None else self._units[number]
 
     def _hook(self, module: torch.nn.Module, number: int, gathers: bool) -> None:
-        before, after = partial(self._before, number, gathers), partial(self._after, number, gathers)
-        self._handles += [
+        before, after = partial(self.before, number, gathers), partial(self.after, number, gathers)
+        handles = [
             module.register_forward_pre_hook(before, with_kwargs=True),
             # Recomputation of activations ends with an exception.
             module.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
+        self._hooked[module] = (number, gathers, handles)
 
-    def _before(self, number: int, gathers: bool, _module: Any, args: Any, kwargs: Any) -> None:
+    def compile(self, options: dict[str, Any]) -> None:
+        """Compiles what is between two gatherings: the modules with hooks and none below them. `options` are those of
+        torch.compile."""
+        for module, (number, gathers, handles) in self._hooked.items():
+            below = list(module.modules())[1:]
+            if any(it in self._hooked for it in below):
+                continue
+            for handle in handles:
+                handle.remove()
+            module._compiled_call_impl = CompiledCall(self, module, number, gathers, options)
+
+    def before(self, number: int, gathers: bool, _module: Any, args: Any, kwargs: Any) -> None:
+        """The forward of a module begins."""
         if self._copied:
             return
         grad = torch.is_grad_enabled()
@@ -85,7 +100,8 @@ class GatherHooks:
             torch.autograd.graph.register_multi_grad_hook(inputs, call.end)
         self._calls.append(call)
 
-    def _after(self, number: int, gathers: bool, _module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
+    def after(self, number: int, gathers: bool, _module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
+        """The forward of a module is over, or was given up."""
         if all(call.number != number for call in self._calls):
             return  # its beginning failed, or the module is a copy
         while (call := self._calls.pop()).number != number:
@@ -106,6 +122,7 @@ class GatherHooks:
             if unit is not None:
                 self.read(unit)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is compiled may read another module's parameter
     def read(self, unit: int) -> None:
         """A parameter of `unit` is read: by a module that gathers it, by another, or by the program, which gets what is
         there."""
@@ -117,12 +134,15 @@ class GatherHooks:
 
     def remove(self) -> None:
         """Takes all hooks away."""
-        for handle in self._handles:
-            handle.remove()
+        for module, (_, _, handles) in self._hooked.items():
+            for handle in handles:
+                handle.remove()
+            if isinstance(module._compiled_call_impl, CompiledCall):
+                module._compiled_call_impl = None
         for module in self._modules:
             if isinstance(module._parameters, _Parameters):
                 module.__dict__["_parameters"] = dict(module._parameters)
-        self._handles, self._modules = [], []
+        self._hooked, self._modules = {}, []
 
 
 def _copied_hooks() -> GatherHooks:
