@@ -232,8 +232,8 @@ class CheckpointMethods:
         first = self.global_rank == 0
         if self._gather_hooks is not None:
             state = whole_state_dict(self.module, keep=first)
-        elif first:
-            state = self.module.state_dict()
+        else:
+            state = self.module.state_dict() if first else {}
         if not first:
             return None
         frozen = self._trained.frozen if exclude_frozen_parameters else {}

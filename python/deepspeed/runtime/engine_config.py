@@ -119,6 +119,7 @@ for _name, _doc in (
     ("gradient_predivide_factor", "The part of the division before the sum over ranks."),
     ("steps_per_print", "Updates between two step lines, or None."),
     ("dump_state", "Whether settings are shown at the start."),
+    ("dataloader_drop_last", "Whether an incomplete last batch is left out."),
     ("wall_clock_breakdown", "Whether times per phase are asked for."),
     ("memory_breakdown", "Whether memory use per phase is asked for."),
     ("optimizer_name", "The config's `optimizer.type`, or None."),

@@ -67,7 +67,7 @@ _OTHER_MARKS = (
 )
 
 
-def mark_sharded(parameter: torch.nn.Parameter, home: Home, part: torch.Tensor | None = None) -> None:
+def mark_sharded(parameter: torch.nn.Parameter, home: Home, part: Any = None) -> None:
     """Gives `parameter` the attributes that clients look for. `part` are the elements that this rank keeps; without it
     the parameter is a view of shared weights."""
     p: Any = parameter
