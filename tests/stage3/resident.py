@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 MIB = 2**20
-WIDTH = 1024
 _PAGE = resource.getpagesize()
 
 
@@ -66,9 +65,9 @@ class Watch:
 class Residual(nn.Module):
     """Layers whose signal neither fades nor grows."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from harness import run_ranks
-from resident import MIB, WIDTH, Residual, Watch, resident
+from resident import MIB, Residual, Watch, resident
 from variants import ADAMW, config, start
 
-LAYERS = 40
+LAYERS, WIDTH = 40, 1024
 
 
 def train(folder: str, backend: str | None) -> dict[str, float]:
@@ -37,18 +37,18 @@ def train(folder: str, backend: str | None) -> dict[str, float]:
         return loss.item()
 
     # What torch, the engine's threads and the first step of any model take is not the model's.
-    small = start(settings, Residual(1))
+    small = start(settings, Residual(1, WIDTH))
     step(small)
     small.destroy()
     before = resident()
 
     torch.manual_seed(1)
     with deepspeed.zero.Init(config_dict_or_path=settings):
-        built = Residual(LAYERS)
+        built = Residual(LAYERS, WIDTH)
     engine = start(settings, built)
     step(engine)
     with Watch(resident) as watch:
-        losses = [step(engine) for _ in range(3)]
+        losses = [step(engine) for _ in range(2)]
     grown = watch.peak - before
     engine.destroy()
     return {"first": losses[0], "last": losses[-1], "grown": grown}

@@ -32,6 +32,9 @@ const HEADER: usize = Fingerprint::BYTES;
 /// Bytes that [`Group::all_gather_bytes`] sends at once; longer messages take a second round.
 const INLINE: usize = 256;
 
+/// Bytes that a broadcast moves at once.
+const BROADCAST: usize = 4 << 20;
+
 /// How long the transport waits at a time: as late as this, an interrupt or an error of the group ends a wait.
 const SLICE: Duration = Duration::from_millis(200);
 
@@ -299,11 +302,21 @@ impl<T: ByteTransport> Group for OverBytes<T> {
         let (len, dtype) = (data.len(), data.dtype());
         self.call(Operation::Broadcast, what, len, Some(dtype), |call| {
             self.gather(call, &root.0.to_le_bytes())?;
-            // Through memory of the group's own: a call that fails leaves it to the transport.
-            let moved = self.moved(call, data.as_bytes_mut().to_vec(), |transport, bytes| {
-                transport.broadcast(bytes, root)
-            })?;
-            data.as_bytes_mut().copy_from_slice(&moved);
+            // Piece by piece through memory of the group's own: a call that fails leaves it to the transport.
+            let bytes = data.as_bytes_mut();
+            let (mut piece, spare) = self.lend(bytes.len().min(BROADCAST), 0);
+            for part in bytes.chunks_mut(BROADCAST) {
+                if root == self.rank {
+                    piece.span_mut().as_bytes_mut()[..part.len()].copy_from_slice(part);
+                }
+                piece = self.moved(call, piece, |transport, piece| {
+                    transport.broadcast(&mut piece.span_mut().as_bytes_mut()[..part.len()], root)
+                })?;
+                if root != self.rank {
+                    part.copy_from_slice(&piece.span().as_bytes()[..part.len()]);
+                }
+            }
+            self.keep([piece, spare]);
             Ok(())
         })
     }
@@ -368,15 +381,19 @@ impl<T: ByteTransport> Group for OverBytes<T> {
             }
             let message = (HEADER + part * dtype.size()).next_multiple_of(64);
             let total = message * self.world;
-            let (mut mine, all) = self.lend(message, total);
+            let (mut mine, all) = self.lend(total, total);
             let mut mine_span = mine.span_mut();
-            let bytes = mine_span.as_bytes_mut();
+            let bytes = &mut mine_span.as_bytes_mut()[..total];
             bytes[..HEADER].copy_from_slice(&call.to_bytes());
             produce(0..part, numbers_mut(&mut bytes[HEADER..], part, dtype));
+            // The same for each rank, and not the transport's own all-gather: Gloo's takes memory for the whole once more, on
+            // threads whose allocators keep it.
+            for rank in 1..self.world {
+                bytes.copy_within(..message, rank * message);
+            }
             let (mine, all) = self.moved(call, (mine, all), |transport, (mine, all)| {
                 let mut received = all.span_mut();
-                transport
-                    .all_gather(&mine.span().as_bytes()[..message], &mut received.as_bytes_mut()[..total])
+                transport.all_to_all(&mine.span().as_bytes()[..total], &mut received.as_bytes_mut()[..total])
             })?;
             for (rank, bytes) in all.span().as_bytes()[..total].chunks_exact(message).enumerate() {
                 let payload = self.payload(call, rank, bytes)?;

@@ -352,9 +352,12 @@ impl UnitMemory {
             let whole = part_of(&flat, offset, len, &parameter.getattr("ds_shape")?)?;
             members.push(Member { number, parameter: parameter.clone().unbind(), offset, len, whole });
         }
+        let storage = flat.call_method0("untyped_storage")?;
+        // At once: no moment has the memory of all units.
+        storage.call_method1("resize_", (0,))?;
         Ok(Self {
             name: unit.name,
-            storage: flat.call_method0("untyped_storage")?.unbind(),
+            storage: storage.unbind(),
             bytes: elements * unit.dtype.size(),
             flat: flat.unbind(),
             empty: empty.unbind(),
