@@ -9,7 +9,7 @@ SOURCES := $(shell find crates python build_backend -type f \( -name '*.rs' -o -
            Cargo.toml Cargo.lock pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv wheel train test test-rust test-python check check-rust check-python api format bench clean
+.PHONY: help venv wheel train test test-rust test-python check check-rust check-python types api format bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,7 +54,12 @@ check-python: $(VENV)/requirements
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/python/typing/user_script.py
 	@$(PYTHON) tools/source_share.py
+
+types: $(VENV)/requirements ## Check with pyright what scripts see of the package (downloads pyright and node)
+	$(BIN)/pip install --quiet --disable-pip-version-check pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 api: venv ## Write docs/api.md from the docstrings
 	$(BIN)/python tools/api_reference.py

@@ -8,8 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
-
-import pytest
+from unittest import mock
 
 from harness import run_ranks
 from library_cases import CASES, PRELOAD, Case
@@ -80,9 +79,8 @@ def what_accelerate_launches(arguments: list[str]) -> tuple[list[str] | None, di
     from accelerate.commands import launch
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-    with pytest.MonkeyPatch.context() as patch:
-        taken: list[Any] = []
-        patch.setattr(launch, "deepspeed_launcher", taken.append)
+    with mock.patch.object(launch, "deepspeed_launcher") as launcher:
         launch.launch_command(launch.launch_command_parser().parse_args(arguments))
-    command, environment = prepare_deepspeed_cmd_env(taken[0])
+    (given,) = launcher.call_args.args
+    command, environment = prepare_deepspeed_cmd_env(given)
     return command, {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
