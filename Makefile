@@ -28,8 +28,9 @@ $(VENV)/installed: $(VENV)/requirements $(SOURCES)
 	@touch $@
 
 wheel: $(VENV)/requirements ## Build the wheel into dist/
+	rm -rf dist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
-	@ls -l dist/*.whl
+	@$(PYTHON) tools/check_wheel.py dist/*.whl
 
 train: venv ## Train a GPT on real text: 2 ranks, bf16, ZeRO-2
 	$(BIN)/deepspeed --num_gpus $(RANKS) examples/gpt/train.py \

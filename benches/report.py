@@ -236,6 +236,11 @@ def markdown(run: dict, table: list[Row]) -> str:
         if any(row[0].split("/")[0] == name for row in table)
     )
     trouble = "\n".join(f"- {line}" for line in problems(run)) or "None."
+    parts = run.get("parts", [run])
+    ran = "; ".join(
+        f"`{part['command']}` at {part['time'].replace('T', ' ')}: {part['rounds']} of {part['steps']} timed steps"
+        for part in parts
+    )
     return f"""# Benchmarks
 
 Written by `{run["command"]}` on {run["time"][:10]}; do not edit by hand. `make bench` measures again on your machine.
@@ -247,7 +252,7 @@ Written by `{run["command"]}` on {run["time"][:10]}; do not edit by hand. `make 
 | system | {machine["system"]}, Python {machine["python"]} |
 | load when it ended | {machine["load"]:.2f} |
 | versions | {versions} |
-| rounds | {run["rounds"]} of {run["steps"]} timed steps; every round runs every peer once, in rotating order |
+| rounds | {ran}; every round runs every peer once, in rotating order |
 
 ![medians and spread](benchmarks.svg)
 

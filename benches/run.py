@@ -13,6 +13,7 @@ Each run writes bench-results/TIME.json and bench-results/TIME.svg.
 import argparse
 import json
 import os
+import pathlib
 import platform
 import shutil
 import signal
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 
+import joined
 import plot
 import processes
 import report
@@ -184,6 +186,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(GROUPS), help=f"groups to run, of {', '.join(GROUPS)}")
     parser.add_argument("--out", default=os.path.join(ROOT, "bench-results"))
     parser.add_argument("--write-docs", action="store_true", help="rewrite docs/benchmarks.md from this run")
+    parser.add_argument(
+        "--add",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="join an earlier run's JSON; with --rounds 0 only these",
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     groups = args.only.split(",")
@@ -217,6 +226,11 @@ def main() -> None:
         "failed": failed,
         "results": {case: results[case] for case in sorted(results)},
     }
+    if args.add:
+        try:
+            run = joined.join(run, [json.loads(pathlib.Path(path).read_text(encoding="utf-8")) for path in args.add])
+        except (OSError, ValueError) as error:
+            parser.error(f"--add: {error}")
     os.makedirs(args.out, exist_ok=True)
     name = os.path.join(args.out, time.strftime("%Y%m%d-%H%M%S"))
     with open(f"{name}.json", "w", encoding="utf-8") as file:
@@ -224,7 +238,7 @@ def main() -> None:
         file.write("\n")
     rows = report.rows(run)
     if rows:
-        plot.bars(f"{name}.svg", f"Median and spread of {args.rounds} rounds", report.bars(rows))
+        plot.bars(f"{name}.svg", f"Median and spread of {run['rounds']} rounds", report.bars(rows))
     print(report.text(run, rows))
     print(f"written: {os.path.relpath(name)}.json and .svg")
     if args.write_docs:

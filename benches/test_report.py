@@ -1,5 +1,7 @@
 """The arithmetic of the benchmark reports: medians, ratios within rounds, budgets, and gaps told."""
 
+import joined
+import pytest
 import report
 
 RUN = {
@@ -57,3 +59,21 @@ def test_the_stream_is_held_to_a_plain_copy() -> None:
 def test_what_failed_is_told() -> None:
     assert "adam: original: exit code 1: no compiler" in report.text(RUN, report.rows(RUN))
     assert "adam: original: exit code 1: no compiler" in report.markdown(RUN, report.rows(RUN))
+
+
+def test_joined_runs_keep_their_rounds_apart() -> None:
+    whole = joined.join(RUN, [RUN])
+    assert whole["rounds"] == 4
+    assert [numbers["round"] for numbers in whole["results"]["step/fp32/stage1"]["ours"]] == [0, 1, 2, 3]
+    found = {(case, what): values for case, what, values in report.ratios(report.rows(whole))}
+    assert found["step/fp32/stage1", "above bare: ours / original"] == (0.225, 0.2, 0.25)
+    assert report.markdown(whole, report.rows(whole)).count("2026-01-01 00:00:00: 2 of 20 timed steps") == 2
+    # Nothing measured now: only what is added.
+    assert joined.join({**RUN, "rounds": 0, "results": {}}, [RUN])["rounds"] == 2
+
+
+def test_runs_of_other_machines_or_versions_are_not_joined() -> None:
+    with pytest.raises(ValueError, match="cores was 64 in the run of 2026-01-01"):
+        joined.join(RUN, [{**RUN, "machine": {**RUN["machine"], "cores": 64}}])
+    with pytest.raises(ValueError, match=r"ours was .*0.19.*and is .*0.20.0"):
+        joined.join(RUN, [{**RUN, "versions": {"ours": {"deepspeed": "0.19.0", "torch": "2.15.0"}}}])

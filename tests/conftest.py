@@ -39,3 +39,16 @@ def config_file(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         return path
 
     return write
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line on the launcher's tests, which need servers and runners that a machine may not have."""
+    of_launcher = {
+        status: [report for report in terminalreporter.stats.get(status, ()) if "tests/launch/" in report.nodeid]
+        for status in ("passed", "failed", "error", "skipped")
+    }
+    skipped = len(of_launcher.pop("skipped"))
+    if ran := sum(map(len, of_launcher.values())):
+        terminalreporter.write_line(
+            f"tests/launch, with real ssh servers, pdsh, Open MPI, MPICH and Slurm: {ran} ran, {skipped or 'none'} skipped"
+        )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+WIDTH = 120
 
 # The modules of the page, and what is shown of each.
 MODULES: dict[str, list[str]] = {
@@ -93,17 +94,25 @@ def entry(path: str, thing: Any) -> list[str]:
 
 def described(name: str, thing: Any) -> str:
     text = inspect.cleandoc(thing.__doc__ or "")
-    return f"```python\n{name}{signature(thing)}\n```\n\n```text\n{text}\n```\n"
+    line = f"{name}{signature(thing)}"
+    if len(line) > WIDTH:
+        parameters = (str(parameter) for parameter in shown(thing))
+        line = f"{name}(\n" + "".join(f"    {parameter},\n" for parameter in parameters) + ")"
+    return f"```python\n{line}\n```\n\n```text\n{text}\n```\n"
 
 
 def indented(doc: str) -> str:
     return " ".join(inspect.cleandoc(doc).split())
 
 
+def shown(thing: Any) -> list[inspect.Parameter]:
+    """The parameters without their types."""
+    found = inspect.signature(thing).parameters.values()
+    return [p.replace(annotation=inspect.Parameter.empty) for p in found if p.name != "self"]
+
+
 def signature(thing: Any) -> str:
-    found = inspect.signature(thing)
-    plain = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values() if p.name != "self"]
-    return str(inspect.Signature(plain))
+    return str(inspect.Signature(shown(thing)))
 
 
 if __name__ == "__main__":

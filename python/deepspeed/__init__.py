@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from deepspeed.runtime.config import DeepSpeedConfigError as DeepSpeedConfigError
     from deepspeed.runtime.engine import DeepSpeedEngine as DeepSpeedEngine
     from deepspeed.runtime.initialize import initialize as initialize
+    from deepspeed.runtime.optimizer_setup import DeepSpeedOptimizerCallable as DeepSpeedOptimizerCallable
+    from deepspeed.runtime.optimizer_setup import DeepSpeedSchedulerCallable as DeepSpeedSchedulerCallable
     from deepspeed.utils import log_dist as log_dist
     from deepspeed.utils import logger as logger
 
@@ -64,6 +66,8 @@ __getattr__, __dir__ = attach(
         "add_config_arguments": "deepspeed.runtime.arguments",
         "DeepSpeedOptimizer": "deepspeed.runtime.base_optimizer",
         "ZeROOptimizer": "deepspeed.runtime.base_optimizer",
+        "DeepSpeedOptimizerCallable": "deepspeed.runtime.optimizer_setup",
+        "DeepSpeedSchedulerCallable": "deepspeed.runtime.optimizer_setup",
         "DeepSpeedConfig": "deepspeed.runtime.config",
         "DeepSpeedConfigError": "deepspeed.runtime.config",
         "DeepSpeedError": "deepspeed._native",

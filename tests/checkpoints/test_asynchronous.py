@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import toys  # puts the toy models on the path of the ranks
 
-from harness import run_ranks
+from harness import run_calls, run_command, run_ranks
 from toy import build, config, digest, micro_step, run, start
 
 BEHIND = {"async": True}
@@ -37,15 +35,17 @@ def behind_and_still(folder: str, stage: int, precision: str) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
-def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, stage: int, precision: str) -> None:
-    for found in run_ranks(behind_and_still, 2, str(tmp_path), stage, precision):
-        first = found["through still"]
-        assert all(other == first for other in found.values())
-    for name in toys.listed(tmp_path / "still"):
-        if name.startswith(("weights", "optimizer")):
-            assert (tmp_path / "still" / name).read_bytes() == (tmp_path / "behind" / name).read_bytes(), name
-    assert toys.listed(tmp_path) == ["behind", "latest", "still"]
+def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:
+    cases = {tmp_path / str(stage): (stage, "fp32" if stage == 0 else "bf16") for stage in range(4)}
+    calls = {folder: (behind_and_still, str(folder), *case) for folder, case in cases.items()}
+    for folder, called in run_calls(2, calls).items():
+        for found in called.check():
+            first = found["through still"]
+            assert all(other == first for other in found.values()), folder
+        for name in toys.listed(folder / "still"):
+            if name.startswith(("weights", "optimizer")):
+                assert (folder / "still" / name).read_bytes() == (folder / "behind" / name).read_bytes(), name
+        assert toys.listed(folder) == ["behind", "latest", "still"]
 
 
 def in_a_row(folder: str) -> list[str]:
@@ -77,7 +77,7 @@ def failing(folder: str, how: str, rank: int) -> tuple[str, str, list[str]]:
         import signal
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
     engine.save_checkpoint(folder, "bad")
     said = ""
     try:
@@ -103,36 +103,55 @@ def failing(folder: str, how: str, rank: int) -> tuple[str, str, list[str]]:
     return said, digest(engine.module), toys.listed(folder)
 
 
-@pytest.mark.parametrize(
-    ("how", "rank"), [("step", 1), ("wait", 0), ("save", 2), ("load", 1), ("destroy", 0), ("destroy", 1)]
-)
-def test_an_error_is_raised_on_all_ranks_by_the_next_call(tmp_path: Path, how: str, rank: int) -> None:
-    found = run_ranks(failing, 3, str(tmp_path), how, rank)
-    for number, (said, _, files) in enumerate(found):
-        assert said.startswith("CheckpointError: "), (number, said)
-        if how != "destroy" or number in (rank, 0):
-            assert f"rank {rank}: cannot" in said and "File too large" in said, (number, said)
-        if how != "destroy":
-            assert files == ["after", "good", "latest"]
-    assert json.loads((tmp_path / "good" / "manifest.json").read_text())["world"] == 3
+def test_an_error_is_raised_on_all_ranks_by_the_next_call(tmp_path: Path) -> None:
+    cases = [("step", 1), ("wait", 0), ("save", 2), ("load", 1), ("destroy", 0), ("destroy", 1)]
+    calls = {case: (failing, str(tmp_path / f"{case[0]} {case[1]}"), *case) for case in cases}
+    for (how, rank), called in run_calls(3, calls).items():
+        for number, (said, _, files) in enumerate(called.check()):
+            assert said.startswith("CheckpointError: "), (how, number, said)
+            if how != "destroy" or number in (rank, 0):
+                assert f"rank {rank}: cannot" in said and "File too large" in said, (how, number, said)
+            if how != "destroy":
+                assert files == ["after", "good", "latest"], how
+        manifest = tmp_path / f"{how} {rank}" / "good" / "manifest.json"
+        assert json.loads(manifest.read_text())["world"] == 3
 
 
+# Forked once everything is imported, each program runs to the end of the script and so leaves as any interpreter does.
 PROGRAM = """
-import os, sys
+import json, os, sys
 sys.path[:0] = {paths!r}
-import deepspeed
+import deepspeed, torch._dynamo
 from toy import config, micro_step, start
+how, ended = None, {{}}
+for name in sys.argv[2:]:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        how = name
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(writer)
+        break
+    os.close(writer)
+    with open(reader) as output:
+        said = output.read()
+    ended[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+if how is None:
+    print(json.dumps(ended))
+    sys.exit()
+folder = f"{{sys.argv[1]}}/{{how}}"
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 engine = start(config(1, checkpoint={{"async": True}}))
 micro_step(engine, 0)
-if sys.argv[2] == "fail":
+if how == "fail":
     import resource, signal
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
-engine.save_checkpoint(sys.argv[1], "last")
-if sys.argv[2] == "raise":
+engine.save_checkpoint(folder, "last")
+if how == "raise":
     raise ValueError("of the program's own")
-if sys.argv[2] == "forget":
+if how == "forget":
     del engine
 print("the program is over", flush=True)
 """
@@ -142,21 +161,10 @@ def test_a_program_that_ends_waits_for_its_checkpoint(tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.format(paths=[path for path in sys.path if path]))
     codes = {"forget": 0, "raise": 1, "fail": 1}
-    programs = {
-        how: subprocess.Popen(
-            [sys.executable, script, tmp_path / how, how], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for how in codes
-    }
-    try:
-        for how, program in programs.items():
-            said, _ = program.communicate(timeout=300)
-            assert program.returncode == codes[how], said
-            assert (tmp_path / how / "last" / "manifest.json").exists() == (how != "fail"), said
-            if how == "fail":
-                assert "the program is over" in said
-                assert "was not completed" in said and "File too large" in said
-            assert not [name for name in os.listdir(tmp_path / how) if name.startswith(".")]
-    finally:
-        for program in programs.values():
-            program.kill()
+    done = run_command([sys.executable, script, tmp_path, *codes], deadline=300).check()
+    for how, (code, said) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert code == codes[how], said
+        assert (tmp_path / how / "last" / "manifest.json").exists() == (how != "fail"), said
+        assert ("was not completed" in said and "File too large" in said) == (how == "fail"), said
+        assert ("the program is over" in said) == (how != "raise"), said
+        assert not [name for name in os.listdir(tmp_path / how) if name.startswith(".")]

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from harness import run_ranks
 from library_cases import CASES, PRELOAD, Case
 
@@ -71,3 +73,16 @@ def results(out: Path) -> dict[str, Any]:
         if "eval_exact" in metrics:
             found["exact"] = metrics["eval_exact"]
     return found
+
+
+def what_accelerate_launches(arguments: list[str]) -> tuple[list[str] | None, dict[str, str]]:
+    """The command that `accelerate launch` would run (None: torchrun), and its variables in the environment."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    with pytest.MonkeyPatch.context() as patch:
+        taken: list[Any] = []
+        patch.setattr(launch, "deepspeed_launcher", taken.append)
+        launch.launch_command(launch.launch_command_parser().parse_args(arguments))
+    command, environment = prepare_deepspeed_cmd_env(taken[0])
+    return command, {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}

@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE)]
 
 from harness import run_command  # noqa: E402
 from library_cases import CASES, Case, ds_config, trainer  # noqa: E402
-from library_play import play, results  # noqa: E402
+from library_play import play, results, what_accelerate_launches  # noqa: E402
 
 RECORDED: dict[str, Any] = json.loads((HERE / "recorded.json").read_text())["cases"]
 # Relative differences of losses and of gradient norms, over 8 steps.
@@ -116,6 +116,24 @@ def test_fp16_and_nvme(tmp_path: Path) -> None:
     assert offloaded == plain
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_goes_on_from_a_state(stage: int, tmp_path: Path) -> None:
+    # 12 micro-batches in three epochs; the state is of the middle of the second.
+    case = Case(
+        "run_accelerate.py",
+        ["--output_dir=out", f"--zero_stage={stage}", "--gradient_accumulation_steps=2", "--epochs=3", "--seedable"],
+    )
+    whole = play("", tmp_path, "--save_at=3", case=case)
+    assert len(whole["losses"]) == 12
+    again = play("", tmp_path, f"--resume_from_checkpoint={tmp_path / 'out/step_3'}", case=case)
+    assert again["losses"] == whole["losses"][6:] and again["norms"] == whole["norms"][3:]
+    assert again["eval"] == whole["eval"]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    assert sum(p.numel() for p in model.parameters()) > 10_000
+
+
 def test_fabric_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     whole = play("fabric-deepspeed", tmp_path)
     assert (tmp_path / "checkpoint/checkpoint").is_dir()
@@ -189,3 +207,20 @@ def test_accelerate_launch_starts_a_script(tmp_path: Path) -> None:
     run_command(command, deadline=120, cwd=tmp_path, env=SHELL).check()
     name = "accelerate-stage3-accumulate"
     assert_close("the loss", results(tmp_path / "out")["losses"], RECORDED[name]["losses"], 1e-5)
+
+
+@pytest.mark.parametrize("launcher", ["nossh", "pdsh"])
+def test_the_command_line_that_accelerate_builds_is_understood(launcher: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\nother slots=2\n")
+    pdsh = tmp_path / "pdsh"  # a plan needs no more of it than that it is there
+    pdsh.touch(mode=0o755)
+    given = ["--use_deepspeed", "--num_machines=2", "--num_processes=4", "--machine_rank=0", "--main_process_port=0"]
+    given += ["--main_process_ip=127.0.0.1", f"--deepspeed_hostfile={tmp_path / 'hosts'}", "--mixed_precision=no"]
+    given += [f"--deepspeed_multinode_launcher={launcher}", "--dynamo_backend=no", "train.py", "--epochs=2"]
+    command, _ = what_accelerate_launches(given)
+    assert command[0] == "deepspeed"
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    plan = run_command([DEEPSPEED, "--dry_run", *command[1:]], cwd=tmp_path, env={"PATH": path}).check().stdout
+    # accelerate asks for --local_rank with one of them only; its own scripts take none.
+    ranks = {"nossh": "-u train.py --local_rank={} --epochs=2", "pdsh": "-u train.py --epochs=2"}[launcher]
+    assert all(ranks.format(rank) in plan for rank in range(2)) and "WORLD_SIZE=4" in plan and "=127.0.0.1" in plan

@@ -63,6 +63,17 @@ def facts() -> dict[str, Any]:
         "tags": (engine.checkpoint_tag_validation_enabled(), engine.checkpoint_tag_validation_fail()),
         "gather": engine.zero_gather_16bit_weights_on_model_save(),
         "dump": engine.dump_state(),
+        "zero settings": (
+            engine.zero_reduce_bucket_size(),
+            engine.zero_prefetch_bucket_size(),
+            engine.zero_offload_optimizer(),
+            engine.zero_use_cpu_optimizer(),
+        ),
+        "blocks": (
+            engine.flops_profiler_enabled(),
+            engine.aio_config()["queue_depth"],
+            engine.use_node_local_storage(),
+        ),
         "falls through": engine.token is engine.module.token,
         "parameters": [id(p) for p in engine.parameters()] == [id(p) for p in engine.module.parameters()],
         "isinstance": (isinstance(engine, deepspeed.DeepSpeedEngine), isinstance(engine, torch.nn.Module)),
@@ -94,6 +105,8 @@ def test_facts() -> None:
     assert found["tags"] == (True, False)
     assert found["gather"] is True
     assert found["dump"] is False
+    assert found["zero settings"] == (700, 50_000_000, None, False)
+    assert found["blocks"] == (False, 32, False)
     assert found["falls through"] and found["parameters"]
     assert found["isinstance"] == (True, True)
     assert 0 < found["norm"] < 1e6
@@ -126,6 +139,10 @@ ESSENTIAL = [
     "set_train_batch_size",
     "set_train_micro_batch_size",
     "get_batch_info",
+    "get_wall_clock_timers",
+    "coalesce_grad_reduction",
+    "set_data_post_process_func",
+    "collect_python_gc",
     "scale",
     "allreduce_gradients",
     "deepspeed_io",

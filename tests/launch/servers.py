@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ.get("PATH", ""))
@@ -61,8 +62,17 @@ class Servers:
             server.wait(10)
 
     def hostfile(self, slots: int) -> Path:
-        path = self.folder / "hostfile"
-        path.write_text("".join(f"{name} slots={slots}\n" for name in self.names))
+        """Of the first two, with so many slots each."""
+        path = self.folder / f"hostfile-{slots}"
+        path.write_text("".join(f"{name} slots={slots}\n" for name in self.names[:2]))
+        return path
+
+    def config_where(self, folder: Path, edit: Callable[[str], str]) -> Path:
+        """The configuration of ssh with another block for the second server, in `folder`."""
+        blocks = self.config.read_text().split("\n\n")
+        blocks[1] = edit(blocks[1])
+        path = folder / "ssh_config"
+        path.write_text("\n\n".join(blocks))
         return path
 
     def _key(self, name: str) -> None:
@@ -74,7 +84,7 @@ class Servers:
         config.write_text(
             f"ListenAddress {address}\nPort {port}\nHostKey {self.folder / 'host'}\nAuthorizedKeysFile {keys}\n"
             "PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            f"StrictModes no\nUsePAM no\nPidFile {self.folder / name}.pid\n"
+            f"StrictModes no\nUsePAM no\nMaxStartups 100\nPidFile {self.folder / name}.pid\n"
         )
         assert SSHD is not None
         log = open(self.folder / f"{name}.log", "wb")  # noqa: SIM115

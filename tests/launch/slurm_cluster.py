@@ -24,7 +24,7 @@ def why_no_slurm() -> str | None:
 
 
 class Cluster:
-    """Nodes `worker-1`, `worker-2`, ... with four CPUs each; a context manager that ends the daemons and all their jobs.
+    """Nodes `worker-1`, `worker-2`, ... with CPUs for several jobs at once; a context manager that ends the daemons and all their jobs.
 
     environment: what srun and its like need to find it.
     """
@@ -85,7 +85,7 @@ class Cluster:
             "ReturnToService=2",
             "KillWait=2",
             *(
-                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4"
+                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=32"
                 for name, port in zip(self.names, ports[1:], strict=True)
             ),
             "PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE",

@@ -7,12 +7,11 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from slurm_cluster import Cluster, why_no_slurm
+from slurm_cluster import Cluster
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LAUNCHERS_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -41,14 +40,6 @@ def test_ranks_of_mpirun_find_each_other(line: list[str]) -> None:
         pytest.skip(f"{line[0]} is not installed")
     out, err = ranks(line)
     assert sorted(out.splitlines()) == [f"found {rank} 2 {rank} 2 127.0.0.1, 3 together" for rank in (0, 1)], out + err
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if why := why_no_slurm():
-        pytest.skip(why)
-    with Cluster(tmp_path_factory.mktemp("cluster"), 2) as started:
-        yield started
 
 
 def test_tasks_of_srun_find_each_other(cluster: Cluster) -> None:

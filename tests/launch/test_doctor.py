@@ -9,24 +9,15 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from servers import Servers, why_not
+from launched_job import DEEPSPEED
+from servers import Servers
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
-DEEPSPEED = Path(os.environ.get("DEEPSPEED_COMMAND") or Path(sys.executable).parent / "deepspeed")
 BETWEEN = Path(__file__).parent / "scripts" / "agent_between.py"
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    with Servers(tmp_path_factory.mktemp("doctor"), 2) as started:
-        yield started
 
 
 class Doctor:
@@ -96,7 +87,7 @@ def test_the_table(servers: Servers, tmp_path: Path) -> None:
 
 
 def test_hosts_that_ssh_does_not_reach(servers: Servers, tmp_path: Path) -> None:
-    first, second = servers.config.read_text().split("\n\n")
+    first, second, _ = servers.config.read_text().split("\n\n")
     renamed = {name: second.replace("Host worker-2", f"Host {name}", 1) for name in ("stranger", "closed", "denied")}
     config = tmp_path / "ssh_config"
     config.write_text(

@@ -6,13 +6,10 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from host_job import DEEPSPEED, SCRIPTS, run
-from servers import Servers, why_not
+from launched_job import DEEPSPEED, SCRIPTS, run, ssh_way
+from servers import Servers
 
 NASTY = [
     "", " ", "a b", "'", '"', "\\", "$HOME", "$(touch pwned)", "`touch pwned`", "; touch pwned", "& touch pwned #", "| touch pwned",
@@ -26,14 +23,6 @@ def words(count: int) -> list[str]:
     dice = random.Random(20)
     letters = sorted(set("".join(NASTY)))
     return NASTY + ["".join(dice.choices(letters, k=dice.randrange(1, 12))) for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    if why := why_not():
-        pytest.skip(why)
-    with Servers(tmp_path_factory.mktemp("servers"), 2) as started:
-        yield started
 
 
 def prepare(tmp_path: Path) -> tuple[Path, dict[str, str], list[bytes]]:
@@ -65,7 +54,7 @@ def test_here(tmp_path: Path) -> None:
 
 def test_on_hosts(servers: Servers, tmp_path: Path) -> None:
     folder, handed, expected = prepare(tmp_path)
-    job = run(servers, folder, "words.py", *words(40), env=handed)
+    job = run(ssh_way(servers), folder, "words.py", *words(40), env=handed)
     assert job.process.returncode == 0, job.text
     check(tmp_path, folder, 4, expected)
 

@@ -7,12 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from host_job import DEEPSPEED
+from launched_job import DEEPSPEED
 from servers import Servers, why_not
 
 PAGE = Path(__file__).parents[1] / "getting_started" / "scripts"
@@ -35,12 +34,6 @@ def namespaces_refused() -> str | None:
 
 
 pytestmark = pytest.mark.skipif(namespaces_refused() is not None, reason=str(namespaces_refused()))
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    with Servers(tmp_path_factory.mktemp("servers"), 3) as started:
-        yield started
 
 
 class Page:

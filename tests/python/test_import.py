@@ -33,6 +33,37 @@ def test_importing_has_no_side_effects() -> None:
     assert done.stderr == ""
 
 
+def test_importing_the_package_imports_next_to_nothing() -> None:
+    # What costs time is imported on first use, torch included.
+    program = "import sys; before = set(sys.modules); import deepspeed; print(*sorted(set(sys.modules) - before))"
+    done = run_command([sys.executable, "-c", program]).check()
+    ours = [name for name in done.stdout.split() if name.startswith("deepspeed")]
+    assert ours == ["deepspeed", "deepspeed._lazy"] and "torch" not in done.stdout.split()
+
+
+_FORK_AFTER_IMPORT = """
+import os, sys, torch, deepspeed
+deepspeed.initialize, deepspeed.DeepSpeedEngine, deepspeed.zero.Init, deepspeed.comm, deepspeed.ops.adam.FusedAdam
+child = os.fork()
+model = torch.nn.Linear(4, 1)
+engine, *_ = deepspeed.initialize(
+    model=model, config={"train_batch_size": 2, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2}}
+)
+for _ in range(2):
+    engine.backward(engine(torch.ones(2, 4)).square().mean())
+    engine.step()
+assert engine.global_steps == 2
+if child == 0:
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_process_that_has_imported_it_can_fork() -> None:
+    done = run_command([sys.executable, "-c", _FORK_AFTER_IMPORT], env={"DS_ACCELERATOR": "cpu"}).check()
+    assert done.stdout.splitlines()[-1] == "7"
+
+
 def test_the_launcher_modules_do_not_import_torch() -> None:
     program = "import sys, deepspeed.launcher.runner as r; print('torch' in sys.modules, r.DEEPSPEED_ENVIRONMENT_NAME)"
     done = run_command([sys.executable, "-c", program], env={"DS_ENV_FILE": ""}).check()
@@ -46,6 +77,8 @@ def test_the_launcher_modules_do_not_import_torch() -> None:
         "DeepSpeedConfigError",
         "DeepSpeedHybridEngine",
         "DeepSpeedOptimizer",
+        "DeepSpeedOptimizerCallable",
+        "DeepSpeedSchedulerCallable",
         "DeepSpeedTransformerConfig",
         "DeepSpeedTransformerLayer",
         "InferenceEngine",
@@ -77,6 +110,7 @@ def test_the_launcher_modules_do_not_import_torch() -> None:
         "set_autotp_mode",
         "tp_model_init",
         "utils.RepeatingLoader",
+        "utils.fragment_address",
         "utils.groups._get_data_parallel_group",
         "utils.logger.setLevel",
         "utils.logging.logger",

@@ -79,6 +79,7 @@ def train(folder: str) -> dict[str, Any]:
         "comet": comet.calls,
         "collectives": {name: sum(calls for calls, _ in sizes.values()) for name, sizes in (counted or {}).items()},
         "speed": engine.tput_timer.avg_samples_per_sec(),
+        "timers": engine.get_wall_clock_timers(),
     }
 
 
@@ -104,6 +105,9 @@ def test_a_run_is_seen_by_all_monitors(tmp_path: Path) -> None:
     # One value within 16 samples: not that at 16.
     assert [call[1] for call in zero["comet"] if call[0] == "Train/Samples/lr"] == [8, 24]
     assert one["wandb"] == one["comet"] == []
+    timers = zero["timers"]
+    assert timers.keys() == {"fwd", "bwd", "bwd_inner", "bwd_allreduce", "step"} and min(timers.values()) >= 0
+    assert timers["bwd"] == pytest.approx(timers["bwd_inner"] + timers["bwd_allreduce"]) and timers["step"] > 0
     report = (tmp_path / "flops.txt").read_text()
     # 4 samples through 8 x 16 and 16 x 1, two operations for each product.
     assert report.startswith("profile of step 2\n") and f"{2 * 4 * (8 * 16 + 16) / 1e3:.2f} KFLOPs" in report

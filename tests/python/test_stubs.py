@@ -1,4 +1,4 @@
-"""`_native.pyi` says what the extension module has: every name, every parameter, both ways."""
+"""The stubs in `_native/` say what the extension module has: every name, every parameter, both ways."""
 
 from __future__ import annotations
 
@@ -103,12 +103,22 @@ def differences(stub: Declarations, module: Declarations) -> list[str]:
 
 
 def installed_stub() -> str:
-    return (INSTALLED / "_native.pyi").read_text()
+    """What `_native/__init__.pyi` hands on, in one."""
+    listed = ast.parse((INSTALLED / "_native/__init__.pyi").read_text()).body
+    parts = [node.module for node in listed if isinstance(node, ast.ImportFrom) and names_of_import(node) == ["*"]]
+    files = [INSTALLED / "_native" / f"{str(part).removeprefix('deepspeed._native.')}.pyi" for part in parts]
+    return "\n".join(file.read_text() for file in files)
+
+
+def names_of_import(node: ast.ImportFrom) -> list[str]:
+    return [alias.name for alias in node.names]
 
 
 def test_the_package_carries_its_types() -> None:
     assert (INSTALLED / "py.typed").is_file()
-    assert (INSTALLED / "_native.pyi").is_file()
+    assert sum(1 for _ in INSTALLED.glob("_native/*.pyi")) > 1
+    # To Python the folder is nothing: what it holds cannot be imported.
+    assert Path(_native.__file__).suffix == ".so" and not hasattr(_native, "__path__")
 
 
 def test_stub_and_module_declare_the_same() -> None:

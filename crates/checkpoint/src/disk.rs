@@ -1,6 +1,7 @@
 //! Everything that changes the disk goes through here, so that a test can make any single operation fail.
 
 use std::{
+    fmt,
     fs::{self, File, OpenOptions},
     io::{self, Write},
     path::Path,
@@ -14,7 +15,7 @@ use rustix::{
 };
 
 /// The operations that change the disk.
-pub trait Disk: Send + Sync {
+pub trait Disk: fmt::Debug + Send + Sync {
     /// Creates one folder, which must not exist.
     ///
     /// # Errors

@@ -46,6 +46,11 @@ fn the_same_files_as_a_save_that_waits() {
     for world in [1, 2, 3] {
         let model = Model::small(world as u32);
         let saves = start(&model, dir.path(), &format!("w{world}"), world, None);
+        for save in &saves {
+            assert!(save.wait(Duration::from_secs(60)));
+            let (written, total) = save.progress();
+            assert!(written == total && total > 0, "{written} of {total}");
+        }
         for outcome in finish(saves) {
             outcome.unwrap();
         }

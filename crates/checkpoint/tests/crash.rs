@@ -15,15 +15,15 @@ use std::{
     io::{self, BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-        mpsc,
-    },
+    sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
 
-use common::{Model, open_latest, read_everything, real_disk};
+use common::{
+    Model,
+    faulty::{Fault, FaultyDisk},
+    open_latest, read_everything, real_disk,
+};
 use deepspeed_checkpoint::{
     BackgroundSave, Checkpoint, CheckpointError, Commit, Draft, Failure, Outcome, Presence, Role, choose,
     disk::{Disk, DiskFile, RealDisk},
@@ -33,105 +33,6 @@ use deepspeed_checkpoint::{
 fn scratch() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
-}
-
-/// What happens at the chosen operation.
-#[derive(Clone, Copy, PartialEq)]
-enum Fault {
-    /// The process ends: this and all later operations do not happen. A write may happen in part.
-    Crash,
-    /// The operation fails with this error number; later ones work.
-    Errno(i32),
-}
-
-struct Counter {
-    done: AtomicUsize,
-    at: usize,
-    fault: Fault,
-}
-
-impl Counter {
-    /// Counts an operation that changes the disk and fails the chosen one.
-    fn tick(&self) -> io::Result<()> {
-        let number = self.done.fetch_add(1, Ordering::SeqCst);
-        match self.fault {
-            Fault::Crash if number >= self.at => Err(io::Error::other("crashed")),
-            Fault::Errno(errno) if number == self.at => Err(io::Error::from_raw_os_error(errno)),
-            _ => Ok(()),
-        }
-    }
-}
-
-struct FaultyDisk {
-    counter: Arc<Counter>,
-    can_exchange: bool,
-}
-
-impl FaultyDisk {
-    fn new(at: usize, fault: Fault, can_exchange: bool) -> Self {
-        Self { counter: Arc::new(Counter { done: AtomicUsize::new(0), at, fault }), can_exchange }
-    }
-}
-
-impl Disk for FaultyDisk {
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        self.counter.tick()?;
-        RealDisk.create_dir(path)
-    }
-
-    fn create_file(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn DiskFile>> {
-        self.counter.tick()?;
-        let file = RealDisk.create_file(path, bytes)?;
-        Ok(Box::new(FaultyFile { counter: Arc::clone(&self.counter), file }))
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.counter.tick()?;
-        RealDisk.rename(from, to)
-    }
-
-    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
-        if !self.can_exchange {
-            return Err(io::Error::from(io::ErrorKind::InvalidInput));
-        }
-        self.counter.tick()?;
-        RealDisk.exchange(one, other)
-    }
-
-    fn remove_file(&self, path: &Path) -> io::Result<()> {
-        self.counter.tick()?;
-        RealDisk.remove_file(path)
-    }
-
-    fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        self.counter.tick()?;
-        RealDisk.remove_dir(path)
-    }
-
-    fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.counter.tick()?;
-        RealDisk.sync_dir(path)
-    }
-}
-
-struct FaultyFile {
-    counter: Arc<Counter>,
-    file: Box<dyn DiskFile>,
-}
-
-impl DiskFile for FaultyFile {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let ticked = self.counter.tick();
-        if ticked.is_err() {
-            self.file.write(&bytes[..bytes.len() / 2])?;
-        }
-        ticked?;
-        self.file.write(bytes)
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        self.counter.tick()
-    }
 }
 
 fn hidden(dir: &Path) -> Vec<String> {
@@ -179,12 +80,12 @@ fn with_fault_at_every_operation(
             assert!(at < 1000, "the save never ends");
             let dir = scratch();
             Model::small(1).save(dir.path(), "first", 2);
-            let disk = FaultyDisk::new(at, fault, can_exchange);
-            let counter = Arc::clone(&disk.counter);
-            let disk: Arc<dyn Disk> = Arc::new(disk);
+            let faulty = FaultyDisk::new(fault, can_exchange);
+            faulty.fail_at(at);
+            let disk: Arc<dyn Disk> = Arc::new(faulty.clone());
             let result = save(&Model::small(2), &disk, dir.path(), tag);
             check(at, dir.path(), result);
-            if counter.done.load(Ordering::SeqCst) <= at {
+            if !faulty.has_failed() {
                 break;
             }
         }
@@ -252,7 +153,7 @@ fn an_error_at_any_operation_behind_training_is_reported_and_harmless() {
 }
 
 /// Writes down what is done, in order.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 struct LoggingDisk(Arc<Mutex<Vec<String>>>);
 
 impl LoggingDisk {
@@ -261,6 +162,7 @@ impl LoggingDisk {
     }
 }
 
+/// One of its files.
 struct LoggingFile(LoggingDisk, PathBuf, Box<dyn DiskFile>);
 
 impl Disk for LoggingDisk {
@@ -365,7 +267,8 @@ fn child_saves_until_killed() {
 
 #[test]
 fn a_kill_at_any_instant_leaves_the_newest_complete_checkpoint() {
-    const KILLS: u64 = 200;
+    // Two hundred, with a whole engine: crates/engine/tests/crash.rs.
+    const KILLS: u64 = 40;
     let dir = scratch();
     let random = RandomState::new();
     let deadline = Instant::now() + Duration::from_secs(240);

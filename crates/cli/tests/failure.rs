@@ -7,7 +7,7 @@ mod support;
 use rustix::process::Signal;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
-use support::{Folder, await_that, is_alive, kill};
+use support::{Folder, await_that, is_alive, kill, limit};
 
 /// A rank that writes its process id and that of a child in its group and of one in a session of its own, and then waits.
 const FAMILY: &str = "sleep 600 & child=$!
@@ -49,7 +49,7 @@ fn an_exit_code_ends_the_job_and_is_passed_on() {
 }
 
 #[test]
-fn a_killed_rank_ends_the_job_within_three_seconds() {
+fn a_killed_rank_ends_the_job_within_ten_seconds() {
     let folder = Folder::new();
     // The others ignore SIGTERM, which is the worst that they can do.
     folder.script("t.sh", &format!("trap '' TERM\n{FAMILY}while true; do sleep 0.1; done"));
@@ -61,7 +61,7 @@ fn a_killed_rank_ends_the_job_within_three_seconds() {
     let took = began.elapsed();
     assert_gone(&families);
     assert_eq!(done.code, Some(137), "{done:?}");
-    assert!(took < Duration::from_secs(3), "took {took:?}");
+    assert!(took < limit(Duration::from_secs(10)), "took {took:?}");
     for part in [
         "deepspeed: rank 1 failed: killed by signal 9 (SIGKILL)",
         &format!("process {}", families[1][0]),
@@ -79,7 +79,8 @@ fn the_cause_is_told_from_its_victims() {
     let folder = Folder::new();
     folder.script(
         "t.sh",
-        "if [ $RANK = 1 ]; then sleep 0.3; echo 'ValueError: no such file' >&2; exit 5; fi
+        "if [ $RANK = 1 ]; then : > dying; sleep 0.1; echo 'ValueError: no such file' >&2; exit 5; fi
+        while [ ! -e dying ]; do sleep 0.01; done
         echo 'Traceback (most recent call last):' >&2
         echo \"deepspeed.CommError: peer rank 1 left all_reduce #$RANK\" >&2
         exit 1",
@@ -103,6 +104,9 @@ fn the_same_traceback_of_all_ranks_is_shown_once_in_the_report() {
     assert_eq!(done.code, Some(1));
     assert_eq!(done.err.matches("\n  | Traceback").count(), 1, "{}", done.err);
     assert!(done.err.contains("failed with the same last lines"), "{}", done.err);
+    // While it ran, too: in full from one rank, and the exception alone of the others.
+    assert_eq!(done.err.matches("Traceback (most recent call last)").count(), 2, "{}", done.err);
+    assert_eq!(done.err.matches(" (the traceback is that of rank ").count(), 2, "{}", done.err);
     assert!(done.err.contains("full log:  logs/"), "{}", done.err);
 }
 
@@ -144,15 +148,19 @@ fn ctrl_c_lets_ranks_finish_and_leaves_nothing() {
 #[test]
 fn a_second_ctrl_c_kills_at_once() {
     let folder = Folder::new();
-    folder.script("t.sh", &format!("trap '' INT TERM\n{FAMILY}while true; do sleep 0.05; done"));
+    folder.script(
+        "t.sh",
+        &format!("trap '' INT; trap 'echo asked > asked' TERM\n{FAMILY}while true; do sleep 0.05; done"),
+    );
     let job = folder.start(&["--num_gpus", "2", "--no_python", "./t.sh"]);
     let families = families(&folder, 2);
-    let began = Instant::now();
     job.signal(Signal::INT);
+    // From then on a further signal soon is taken for the same one.
+    await_that("the first is passed on", || job.err().contains("passed on to the ranks").then_some(()));
     std::thread::sleep(Duration::from_millis(600));
     job.signal(Signal::INT);
     let done = job.finish();
-    assert!(began.elapsed() < Duration::from_secs(8), "the first Ctrl-C alone takes longer");
+    assert!(!folder.path().join("asked").exists(), "after the first alone they are asked to end, first");
     assert_gone(&families);
     assert_eq!(done.code, Some(130), "{done:?}");
 }

@@ -334,18 +334,24 @@ impl Config {
         })
     }
 
-    /// A block of plain settings, as `tensorboard`: every key with its value or its default. For what the engine itself
-    /// does not read.
-    pub fn block(&self, name: &str) -> serde_json::Map<String, serde_json::Value> {
+    /// The block at `path`, as `tensorboard` or `zero_optimization.offload_param`: every key with its value or its default.
+    /// For what the engine itself does not read.
+    pub fn block(&self, path: &str) -> serde_json::Map<String, serde_json::Value> {
         let raw = self.document.json();
-        let given = raw.get(name);
+        let given = path.split('.').try_fold(&raw, |block, key| block.get(key));
         let value = |setting: &table::Setting| {
             let keys = std::iter::once(setting.key()).chain(setting.aliases.iter().copied());
             let written =
                 keys.filter_map(|key| given?.get(key)).find(|value| !value.is_null() && *value != "auto");
-            written.cloned().or_else(|| serde_json::from_str(setting.default).ok()).unwrap_or_default()
+            let value =
+                written.cloned().or_else(|| serde_json::from_str(setting.default).ok()).unwrap_or_default();
+            match (setting.kind, value.as_f64()) {
+                // May be written 5e8.
+                (table::Kind::Int { .. }, Some(number)) => serde_json::Value::from(number as i64),
+                _ => value,
+            }
         };
-        table::children(name).map(|setting| (setting.key().to_owned(), value(setting))).collect()
+        table::children(path).map(|setting| (setting.key().to_owned(), value(setting))).collect()
     }
 
     /// An error of the caller's about the setting at `path`, pointing at it where it is set: for what only the engine or

@@ -1,7 +1,8 @@
 //! What the engine takes from the config, resolved.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
+use deepspeed_checkpoint::disk::{Disk, RealDisk};
 use deepspeed_config::{Code, Config, ConfigError, OffloadDevice, Precision, ZeroStage};
 use deepspeed_core::DType;
 use deepspeed_offload::{Depth, Options};
@@ -64,7 +65,7 @@ pub struct Settings {
 }
 
 /// How checkpoints are saved.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct SaveSettings {
     /// Copy everything, and write the copy behind training.
     pub behind: bool,
@@ -74,6 +75,14 @@ pub struct SaveSettings {
     pub node_local: bool,
     /// What tells this host from others; `None` for its name.
     pub host: Option<String>,
+    /// What does the writing: the file system, or what a test puts in its place.
+    pub disk: Arc<dyn Disk>,
+}
+
+impl Default for SaveSettings {
+    fn default() -> Self {
+        Self { behind: false, keep_last: None, node_local: false, host: None, disk: Arc::new(RealDisk) }
+    }
 }
 
 impl SaveSettings {
@@ -197,6 +206,7 @@ impl Settings {
                 keep_last: config.checkpoint.keep_last,
                 node_local: config.checkpoint.node_local,
                 host: std::env::var(SaveSettings::HOST_VARIABLE).ok(),
+                ..SaveSettings::default()
             },
         })
     }

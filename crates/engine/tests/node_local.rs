@@ -7,8 +7,8 @@ mod support;
 use std::{fs, path::Path, sync::Arc};
 
 use deepspeed_comm::Group;
-use deepspeed_core::DType;
-use deepspeed_engine::{SaveSettings, Settings};
+use deepspeed_core::{DType, ParamId};
+use deepspeed_engine::{SaveSettings, Settings, StateKind};
 use deepspeed_optim::{LossScaler, OptimizerKind};
 use deepspeed_zero::Stage;
 use support::{
@@ -18,11 +18,20 @@ use support::{
 
 /// Two ranks to a host.
 fn host_of(group: &dyn Group) -> String {
-    format!("host{}", group.rank().index() / 2)
+    host_with(group, 2)
+}
+
+fn host_with(group: &dyn Group, ranks: usize) -> String {
+    format!("host{}", group.rank().index() / ranks)
 }
 
 fn replica(stage: Stage, group: Arc<dyn Group>) -> Replica {
-    let saving = SaveSettings { node_local: true, host: Some(host_of(&*group)), ..SaveSettings::default() };
+    let host = host_of(&*group);
+    replica_on(host, stage, group)
+}
+
+fn replica_on(host: String, stage: Stage, group: Arc<dyn Group>) -> Replica {
+    let saving = SaveSettings { node_local: true, host: Some(host), ..SaveSettings::default() };
     let settings = Settings { stage, precision: DType::BF16, unit_len: 150, saving, ..Settings::default() };
     Replica::new(settings, OptimizerKind::Adam, LossScaler::fixed(1.0), group)
 }
@@ -74,6 +83,44 @@ fn each_host_keeps_its_own_and_brings_the_rest() {
         save(&mut replica(Stage::One, group), &home, "next").map(drop)
     });
     assert!(names(&dir.path().join("host1")).iter().all(|name| !name.starts_with('.')));
+}
+
+/// Masters and moments of all parameters, whole.
+fn state(replica: &Replica) -> Vec<Vec<f32>> {
+    let engine = &replica.engine;
+    let params = (0..engine.layout().params.len()).map(ParamId::from_index);
+    let kinds = [StateKind::Master, StateKind::Optimizer(0), StateKind::Optimizer(1)];
+    params.flat_map(|param| kinds.iter().map(move |kind| engine.whole_state(param, kind).unwrap())).collect()
+}
+
+#[test]
+fn other_numbers_of_ranks_bring_what_their_host_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let saved = ranks(4, |group| {
+        let home = dir.path().join(host_of(&*group));
+        let mut replica = replica(Stage::Two, group);
+        train(&mut replica, 2);
+        save(&mut replica, &home, "t").unwrap();
+        (replica.bytes(), state(&replica))
+    });
+    for (world, to_a_host, stage) in [(2, 1, Stage::Three), (3, 2, Stage::One), (2, 2, Stage::Two)] {
+        let found = ranks(world, |group| {
+            let host = host_with(&*group, to_a_host);
+            let home = dir.path().join(&host);
+            let mut replica = replica_on(host, stage, group);
+            let loaded = load(&mut replica, &home, None);
+            loaded.map(|()| (replica.bytes(), state(&replica)))
+        });
+        for found in found {
+            if (world, to_a_host) == (2, 2) {
+                // All on one host: the other one's files are out of reach.
+                let refused = found.unwrap_err();
+                assert!(refused.contains("is on none of the hosts of this job"), "{refused}");
+            } else {
+                assert!(found.unwrap() == saved[0], "{world} ranks at {stage:?}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What the launcher says about itself, on stderr, by level.
 
-use crate::args::LogLevel;
+use crate::arguments::args::LogLevel;
 use std::io::{self, Write};
 
 /// The launcher's own voice.

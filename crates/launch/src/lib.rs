@@ -25,7 +25,8 @@
 //!           FailureReport                   one report, the exit code of the first failure
 //! ```
 //!
-//! A job on one host takes the left way only: no agent, no connection, no further process.
+//! A job on one host takes the left way only: no agent, no connection, no further process. Each folder's `mod.rs` says what it holds;
+//! crates/README.md lists them.
 //!
 //! What a rank finds in its environment, on top of the launcher's own:
 //!
@@ -50,81 +51,42 @@
 #![deny(unsafe_code)]
 
 mod agent;
-mod args;
-mod attempts;
-mod callers;
+mod arguments;
 mod columns;
-mod connection;
 mod console;
-mod cores;
-mod crossing;
-mod descendants;
-mod display;
 pub mod doctor;
-mod env_file;
 mod error;
-mod everywhere;
-mod evidence;
 pub mod facts;
-mod filters;
-mod frame;
-mod front;
-mod guard;
-mod handshake;
-mod host_args;
-mod host_part;
-mod hostfile;
 mod hosts;
-mod hosts_plan;
-mod inbox;
-mod listen;
-mod logs;
-mod meeting;
-mod merge;
-mod message;
+mod job;
 mod nearest;
-mod outgoing;
 mod oversight;
-mod pid_file;
 mod plan;
 mod port;
-mod preflight;
-mod pty;
 mod ranks;
 mod reach;
-mod report;
 mod resources;
-mod restart;
-mod runner;
-mod runner_error;
 mod secret;
-mod signals;
-mod spawn;
-mod ssh_error;
-mod supervise;
-mod surroundings;
-mod tail;
-mod watch;
-mod words;
+mod wire;
 
-pub use args::{DEFAULT_HOSTFILE, LaunchArgs, LogLevel};
+pub use arguments::args::{DEFAULT_HOSTFILE, LaunchArgs, LogLevel};
+pub use arguments::host_args::HostArgs;
 pub use columns::Columns;
 pub use error::LaunchError;
-pub use everywhere::on_every_host;
-pub use filters::{Direction, HostFilter, HostSlots, Slot};
-pub use guard::GUARD_COMMAND;
-pub use host_args::HostArgs;
-pub use host_part::{HostPart, Program};
-pub use hosts_plan::{AGENT_COMMAND, HostsPlan};
+pub use hosts::everywhere::on_every_host;
+pub use job::restart::{FailureKind, RestartOn};
+pub use plan::host_part::{HostPart, Program};
+pub use plan::hosts_plan::{AGENT_COMMAND, HostsPlan};
+pub use plan::surroundings::Surroundings;
 pub use plan::{Interpreter, LaunchPlan, Note, Plan, RankPlan, SECRET_VARIABLE, resolve};
+pub use ranks::guard::GUARD_COMMAND;
+pub use reach::runner::Runner;
 pub use resources::Device;
-pub use restart::{FailureKind, RestartOn};
-pub use runner::Runner;
-pub use surroundings::Surroundings;
+pub use resources::filters::{Direction, HostFilter, HostSlots, Slot};
 
 use clap::{CommandFactory, Parser};
 use console::Console;
-use restart::Policy;
+use job::restart::Policy;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -173,7 +135,7 @@ fn main_from_parsed(args: &LaunchArgs) -> ExitCode {
 /// Must be called on the main thread, as [`main_from_args`].
 pub fn agent_main(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     let mut words = words.into_iter().peekable();
-    let done = if words.peek().is_none() { agent::run() } else { front::run(words) };
+    let done = if words.peek().is_none() { agent::run() } else { agent::front::run(words) };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -185,7 +147,7 @@ pub fn agent_main(words: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// The hidden command [`GUARD_COMMAND`]: ends what is left of a job when the process that holds its ranks is gone.
 pub fn guard_main() -> ExitCode {
-    guard::run();
+    ranks::guard::run();
     ExitCode::SUCCESS
 }
 
@@ -209,7 +171,7 @@ fn launch(args: &LaunchArgs, console: &Console) -> Result<u8, LaunchError> {
             console.info(&note.text);
         }
     }
-    let _pid_file = args.save_pid.then(pid_file::PidFile::write).transpose()?;
+    let _pid_file = args.save_pid.then(job::pid_file::PidFile::write).transpose()?;
     let on = if args.restart_on.is_empty() { vec![RestartOn::Any] } else { args.restart_on.clone() };
-    attempts::run(&plan, Policy { most: args.max_restarts, on }, console)
+    job::attempts::run(&plan, Policy { most: args.max_restarts, on }, console)
 }

@@ -28,12 +28,42 @@ fn resolved(line: &str, surroundings: &Surroundings) -> Result<Plan, String> {
     resolve(&args, surroundings).map_err(|error| format!("error: {error}"))
 }
 
-/// The runner's command line, word by word.
+/// How a host's shell finds the command, and what every agent is told.
+const FOUND: &str = "p='/my venv/bin/deepspeed'; [ -x \"$p\" ] || p=deepspeed; exec \"$p\" \"$@\"";
+const TOLD: [&str; 6] = ["deepspeed", "__agent", "--connect", "ADDRESS:PORT", "--fingerprint", "FINGERPRINT"];
+
+/// Words one to a line, and what all runners have in common in one line: `env (asks nothing)`, and `(agent)` or, where a script is
+/// sourced first, `(agent after SCRIPT)`.
+fn condensed(words: &[String]) -> String {
+    let asks_nothing = ["env", "SSH_ASKPASS=/bin/false", "SSH_ASKPASS_REQUIRE=force"];
+    let mut text = String::new();
+    let mut rest = words;
+    while let Some(word) = rest.first() {
+        let (line, taken) = match rest {
+            words if words.starts_with(&asks_nothing.map(str::to_owned)) => {
+                ("env (asks nothing)".to_owned(), 3)
+            }
+            [sh, c, script, told @ ..]
+                if sh == "/bin/sh" && c == "-c" && told.starts_with(&TOLD.map(str::to_owned)) =>
+            {
+                (if script == FOUND { "(agent)".to_owned() } else { format!("(agent after {script})") }, 9)
+            }
+            _ => (word.clone(), 1),
+        };
+        text += &format!("{line}\n");
+        rest = &rest[taken..];
+    }
+    text
+}
+
+/// The runner's command line.
 fn words(line: &str, surroundings: &Surroundings) -> String {
     match resolved(line, surroundings) {
         Ok(Plan::Hosts(plan)) => {
             assert_eq!(plan.connections.len(), 1);
-            plan.connections[0].iter().map(|word| format!("{}\n", word.display())).collect()
+            let words: Vec<String> =
+                plan.connections[0].iter().map(|word| word.display().to_string()).collect();
+            condensed(&words)
         }
         Ok(Plan::Here(plan)) => plan.to_string(),
         Err(error) => error,
@@ -76,9 +106,7 @@ fn pdsh() {
         "-H hosts --launcher pdsh --ssh_port 2222 --launcher_args=-t5 train.py",
         &surroundings
     ), @r#"
-        env
-        SSH_ASKPASS=/bin/false
-        SSH_ASKPASS_REQUIRE=force
+        env (asks nothing)
         PDSH_RCMD_TYPE=ssh
         PDSH_SSH_ARGS_APPEND=-F /my/config -p 2222 -oBatchMode=yes
         pdsh
@@ -96,9 +124,7 @@ fn pdsh() {
 fn openmpi() {
     let line = "-H hosts --launcher OpenMPI --ssh_port 2222 --venv_script activate --launcher_args=--allow-run-as-root train.py";
     insta::assert_snapshot!(words(line, &login_machine(&["mpirun", "mpirun.openmpi"])), @r#"
-        env
-        SSH_ASKPASS=/bin/false
-        SSH_ASKPASS_REQUIRE=force
+        env (asks nothing)
         mpirun.openmpi
         --bind-to
         none
@@ -110,15 +136,7 @@ fn openmpi() {
         worker-1:1
         -n
         1
-        /bin/sh
-        -c
-        . ./activate && exec deepspeed "$@"
-        deepspeed
-        __agent
-        --connect
-        ADDRESS:PORT
-        --fingerprint
-        FINGERPRINT
+        (agent after . ./activate && exec deepspeed "$@")
         --place
         0
         :
@@ -126,15 +144,7 @@ fn openmpi() {
         worker-2:1
         -n
         1
-        /bin/sh
-        -c
-        . ./activate && exec deepspeed "$@"
-        deepspeed
-        __agent
-        --connect
-        ADDRESS:PORT
-        --fingerprint
-        FINGERPRINT
+        (agent after . ./activate && exec deepspeed "$@")
         --place
         1
         "#);
@@ -144,9 +154,7 @@ fn openmpi() {
 fn mpich() {
     let line = "-H hosts --launcher mpich --ssh_port 2222 --include worker-2:1 --force_multi train.py";
     insta::assert_snapshot!(words(line, &login_machine(&["mpirun", "mpirun.mpich"])), @r#"
-        env
-        SSH_ASKPASS=/bin/false
-        SSH_ASKPASS_REQUIRE=force
+        env (asks nothing)
         HYDRA_LAUNCHER_EXTRA_ARGS=-p 2222
         mpirun.mpich
         -hosts
@@ -155,15 +163,7 @@ fn mpich() {
         1
         -n
         1
-        /bin/sh
-        -c
-        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
-        deepspeed
-        __agent
-        --connect
-        ADDRESS:PORT
-        --fingerprint
-        FINGERPRINT
+        (agent)
         --place-from
         PMI_RANK
         "#);
@@ -175,9 +175,7 @@ fn intel_mpi() {
         "-H hosts --launcher impi --ssh_port 2222 train.py",
         &login_machine(&["mpirun"])
     ), @r#"
-        env
-        SSH_ASKPASS=/bin/false
-        SSH_ASKPASS_REQUIRE=force
+        env (asks nothing)
         I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=0
         I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS=-p 2222
         mpirun
@@ -190,15 +188,7 @@ fn intel_mpi() {
         -genv
         I_MPI_PIN
         0
-        /bin/sh
-        -c
-        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
-        deepspeed
-        __agent
-        --connect
-        ADDRESS:PORT
-        --fingerprint
-        FINGERPRINT
+        (agent)
         --place-from
         PMI_RANK
         "#);
@@ -207,9 +197,7 @@ fn intel_mpi() {
 #[test]
 fn mvapich() {
     insta::assert_snapshot!(words("-H hosts --launcher mvapich train.py", &login_machine(&["mpirun"])), @r#"
-        env
-        SSH_ASKPASS=/bin/false
-        SSH_ASKPASS_REQUIRE=force
+        env (asks nothing)
         mpirun
         -hosts
         worker-1,worker-2
@@ -217,15 +205,7 @@ fn mvapich() {
         1
         -n
         2
-        /bin/sh
-        -c
-        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
-        deepspeed
-        __agent
-        --connect
-        ADDRESS:PORT
-        --fingerprint
-        FINGERPRINT
+        (agent)
         --place-from
         PMI_RANK
         "#);
@@ -247,15 +227,7 @@ fn slurm_with_a_hostfile() {
         --wait=0
         --cpus-per-task=4
         --comment=mine
-        /bin/sh
-        -c
-        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
-        deepspeed
-        __agent
-        --connect
-        ADDRESS:PORT
-        --fingerprint
-        FINGERPRINT
+        (agent)
         --place-from
         SLURMD_NODENAME
         "#);
@@ -300,15 +272,7 @@ fn a_slurm_job_is_its_own_hostfile() {
         --kill-on-bad-exit=0
         --wait=0
         --overlap
-        /bin/sh
-        -c
-        p='/my venv/bin/deepspeed'; [ -x "$p" ] || p=deepspeed; exec "$p" "$@"
-        deepspeed
-        __agent
-        --connect
-        ADDRESS:PORT
-        --fingerprint
-        FINGERPRINT
+        (agent)
         --place-from
         SLURMD_NODENAME
         "#);

@@ -2,4 +2,6 @@
 
 from deepspeed._lazy import attach
 
-__getattr__, __dir__ = attach(__name__, submodules=("ds_to_universal", "universal_checkpoint", "utils"))
+__getattr__, __dir__ = attach(
+    __name__, submodules=("constants", "ds_to_universal", "export_script", "universal_checkpoint", "utils")
+)

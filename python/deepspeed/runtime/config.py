@@ -15,6 +15,7 @@ from deepspeed import _native
 from deepspeed._native import DeepSpeedConfigError
 from deepspeed.monitor.config import monitor_settings
 from deepspeed.profiling.config import flops_profiler_settings
+from deepspeed.runtime.zero.config import zero_settings
 from deepspeed.utils.logging import logger
 
 __all__ = ["DeepSpeedConfig", "DeepSpeedConfigError"]
@@ -76,7 +77,7 @@ class DeepSpeedConfig:
         batch = self.native.resolve_batch(self.world_size, origin)
         self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps = batch
         attributes = self.native.attributes()
-        self.zero_config = SimpleNamespace(**attributes.pop("zero_settings"))
+        self.zero_config = zero_settings(self.native, attributes.pop("zero_settings"))
         vars(self).update(attributes)
         self.monitor_config = monitor_settings(self.native)
         self.flops_profiler_config = flops_profiler_settings(self.native)

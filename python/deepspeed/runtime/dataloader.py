@@ -58,7 +58,7 @@ class DeepSpeedDataLoader:
                 seed=0,
                 drop_last=dataloader_drop_last,
             )
-        self.dataloader: DataLoader[_T] = DataLoader(
+        self.dataloader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=self.data_sampler,

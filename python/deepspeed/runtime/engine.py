@@ -6,6 +6,7 @@ moments that matter (end of backward, step, checkpoint) and keeps the face that 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.data import DistributedSampler
 
 from deepspeed import _native
 from deepspeed import comm as dist
@@ -215,7 +217,7 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         if route not in ("train", "eval", "predict"):
             raise ValueError(f"unknown route {route!r}, expected train, eval or predict")
         if route != "train" and data_sampler is None:
-            data_sampler = torch.utils.data.distributed.DistributedSampler(
+            data_sampler = DistributedSampler(
                 dataset, num_replicas=self.dp_world_size, rank=self.global_rank, shuffle=False
             )
         return DeepSpeedDataLoader(
@@ -374,6 +376,11 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
         """From here on the caller decides which micro-batch is the last before an update."""
         self._native.force_boundary(is_boundary)
 
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """A stretch with several backward passes before step(). They are added up as elsewhere: there is nothing to wait with."""
+        yield
+
     def allreduce_gradients(self, bucket_size: int = 500_000_000) -> None:
         """Takes part in reducing what backward left; nothing to do where backward already has."""
         self._native.collect_leftovers()
@@ -422,6 +429,20 @@ class DeepSpeedEngine(CheckpointMethods, ConfigMethods, StateMethods, torch.nn.M
     def get_type(self) -> list[str]:
         """Name of the optimizer for each parameter group."""
         return [type(self.basic_optimizer).__name__ for _ in (self.get_lr())]
+
+    def get_wall_clock_timers(self) -> dict[str, float]:
+        """With `wall_clock_breakdown`: milliseconds of a step in "fwd", "bwd_inner", "bwd_allreduce", "bwd" (these two) and "step",
+        the means that the last step line told; else, and before the first line, nothing."""
+        return dict(self._observation.phases)
+
+    def set_data_post_process_func(self, post_process_func: Callable[[Any, Any], Any]) -> None:
+        """What `training_dataloader` makes of a batch and its sampler before it gives the batch out."""
+        if self.training_dataloader is not None:
+            self.training_dataloader.post_process_func = post_process_func
+
+    def collect_python_gc(self) -> None:
+        """Collects Python's garbage now."""
+        gc.collect()
 
     def get_data_parallel_rank(self) -> int:
         """This rank among those that share the model's state."""

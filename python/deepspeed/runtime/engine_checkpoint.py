@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepspeed import _native
+from deepspeed.checkpoint.export_script import place_scripts
 from deepspeed.runtime.devices import on_host
 from deepspeed.runtime.model_file import save_weights
 from deepspeed.runtime.zero.gathered_weights import whole_state_dict
 from deepspeed.utils.logging import log_dist, logger, warning_once
-from deepspeed.utils.zero_to_fp32 import place_scripts
 
 if TYPE_CHECKING:
     from deepspeed._native import Engine, LoadedCheckpoint
@@ -149,18 +149,20 @@ class CheckpointMethods:
             universal=self._config.load_universal_checkpoint,
         )
         if loaded is None:
-            logger.warning(
-                "no checkpoint in %s: there is none in it. Training goes on from where it is; pass a tag to make a missing "
-                "checkpoint an error",
-                load_dir,
-            )
+            if self.global_rank == 0:
+                logger.warning(
+                    "there is no checkpoint in %s: training goes on from where it is; pass a tag to make that an error",
+                    load_dir,
+                )
             return None, None
         chosen = self._native.chosen()
         if chosen is not None and self.global_rank == 0:
             why, unexpected = chosen
-            logger.log(
-                logging.WARNING if unexpected else logging.INFO, "going on from checkpoint %s: %s", loaded.folder, why
-            )
+            told = f"going on from checkpoint {loaded.folder}: {why}"
+            if unexpected:
+                logger.warning(told)
+            else:
+                print(told, flush=True)
         python_state, client_state = self._unpack_states(loaded, trust_client_state)
         _native.load_checkpoint(
             self._native,
@@ -230,8 +232,8 @@ class CheckpointMethods:
         first = self.global_rank == 0
         if self._gather_hooks is not None:
             state = whole_state_dict(self.module, keep=first)
-        elif first:
-            state = self.module.state_dict()
+        else:
+            state = self.module.state_dict() if first else {}
         if not first:
             return None
         frozen = self._trained.frozen if exclude_frozen_parameters else {}

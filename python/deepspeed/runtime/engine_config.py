@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,48 +74,89 @@ class ConfigMethods:
         """Whether whole weights can be had for saving: always, but at stage 3 where they have to be gathered."""
         return not self._native.gathers_weights() or self._config.zero_config.gather_16bit_weights_on_model_save
 
+    def zero_use_cpu_optimizer(self) -> bool:
+        """Whether the config asks for optimizer state off the device."""
+        offload = self._config.zero_config.offload_optimizer
+        return offload is not None and offload.device in ("cpu", "nvme")
 
-def _getter(name: str, attribute: str, doc: str) -> Any:
+    def zero_cpu_offload(self) -> bool:
+        """Whether the config asks for optimizer state in the host's memory."""
+        offload = self._config.zero_config.offload_optimizer
+        return offload is not None and offload.device == "cpu"
+
+    def zero_has_nvme_offload(self) -> bool:
+        """Whether the config asks for optimizer state or weights on NVMe."""
+        zero = self._config.zero_config
+        return any(part is not None and part.device == "nvme" for part in (zero.offload_optimizer, zero.offload_param))
+
+    def aio_config(self) -> dict[str, Any]:
+        """The block `aio`: how files of offloaded state are read and written."""
+        return self._config.native.block("aio")
+
+    def use_node_local_storage(self) -> bool:
+        """Whether each host keeps its own checkpoints."""
+        return bool(self._config.native.block("checkpoint")["use_node_local_storage"])
+
+
+def _getter(name: str, read: Callable[[DeepSpeedConfig], Any], doc: str) -> None:
     def getter(self: ConfigMethods) -> Any:
-        return getattr(self._config, attribute)
+        return read(self._config)
 
     getter.__name__ = name
     getter.__qualname__ = f"ConfigMethods.{name}"
     getter.__doc__ = doc
-    return getter
+    setattr(ConfigMethods, name, getter)
 
 
-for _name, _attribute, _doc in (
-    ("fp16_enabled", "fp16_enabled", "Whether the model trains in fp16."),
-    ("bfloat16_enabled", "bfloat16_enabled", "Whether the model trains in bf16."),
-    ("fp16_auto_cast", "fp16_auto_cast", "Whether floating-point inputs are cast to fp16."),
-    ("initial_dynamic_scale", "initial_dynamic_scale", "The loss scale a dynamic scaler starts with."),
-    ("dynamic_loss_scale_args", "dynamic_loss_scale_args", "The settings of the dynamic loss scaler."),
-    ("gradient_clipping", "gradient_clipping", "The gradient norm that is not exceeded; 0 is off."),
-    ("gradient_predivide_factor", "gradient_predivide_factor", "The part of the division before the sum over ranks."),
-    ("steps_per_print", "steps_per_print", "Updates between two step lines, or None."),
-    ("dump_state", "dump_state", "Whether settings are shown at the start."),
-    ("wall_clock_breakdown", "wall_clock_breakdown", "Whether times per phase are asked for."),
-    ("memory_breakdown", "memory_breakdown", "Whether memory use per phase is asked for."),
-    ("optimizer_name", "optimizer_name", "The config's `optimizer.type`, or None."),
-    ("optimizer_params", "optimizer_params", "The config's `optimizer.params`, or None."),
-    ("scheduler_name", "scheduler_name", "The config's `scheduler.type`, or None."),
-    ("scheduler_params", "scheduler_params", "The config's `scheduler.params`, or None."),
-    (
-        "zero_allow_untested_optimizer",
-        "zero_allow_untested_optimizer",
-        "Whether any client optimizer may be sharded.",
-    ),
-    (
-        "checkpoint_tag_validation_enabled",
-        "checkpoint_tag_validation_enabled",
-        "Whether ranks that save under different tags are told so.",
-    ),
-    (
-        "checkpoint_tag_validation_fail",
-        "checkpoint_tag_validation_fail",
-        "Whether ranks that save under different tags fail.",
-    ),
-    ("load_universal_checkpoint", "load_universal_checkpoint", "Whether a universal checkpoint is to be loaded."),
+# Settings of the config under the names of their methods.
+for _name, _doc in (
+    ("fp16_enabled", "Whether the model trains in fp16."),
+    ("bfloat16_enabled", "Whether the model trains in bf16."),
+    ("fp16_auto_cast", "Whether floating-point inputs are cast to fp16."),
+    ("initial_dynamic_scale", "The loss scale a dynamic scaler starts with."),
+    ("dynamic_loss_scale_args", "The settings of the dynamic loss scaler."),
+    ("gradient_clipping", "The gradient norm that is not exceeded; 0 is off."),
+    ("gradient_predivide_factor", "The part of the division before the sum over ranks."),
+    ("steps_per_print", "Updates between two step lines, or None."),
+    ("dump_state", "Whether settings are shown at the start."),
+    ("dataloader_drop_last", "Whether an incomplete last batch is left out."),
+    ("wall_clock_breakdown", "Whether times per phase are asked for."),
+    ("memory_breakdown", "Whether memory use per phase is asked for."),
+    ("optimizer_name", "The config's `optimizer.type`, or None."),
+    ("optimizer_params", "The config's `optimizer.params`, or None."),
+    ("optimizer_legacy_fusion", "The config's `optimizer.legacy_fusion`."),
+    ("scheduler_name", "The config's `scheduler.type`, or None."),
+    ("scheduler_params", "The config's `scheduler.params`, or None."),
+    ("zero_allow_untested_optimizer", "Whether any client optimizer may be sharded."),
+    ("checkpoint_tag_validation_enabled", "Whether ranks that save under different tags are told so."),
+    ("checkpoint_tag_validation_fail", "Whether ranks that save under different tags fail."),
+    ("load_universal_checkpoint", "Whether a universal checkpoint is to be loaded."),
 ):
-    setattr(ConfigMethods, _name, _getter(_name, _attribute, _doc))
+    _getter(_name, attrgetter(_name), _doc)
+
+for _name in (
+    "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "elastic_checkpoint",
+    "ignore_unused_parameters", "load_from_fp32_weights", "log_trace_cache_warnings", "max_live_parameters",
+    "max_reuse_distance", "model_persistence_threshold", "module_granularity_threshold", "offload_optimizer",
+    "offload_param", "overlap_comm", "param_persistence_threshold", "prefetch_bucket_size", "reduce_bucket_size",
+    "reduce_scatter", "round_robin_gradients", "sub_group_size",
+):  # fmt: skip
+    _getter(f"zero_{_name}", attrgetter(f"zero_config.{_name}"), f"The config's `zero_optimization` setting {_name}.")
+
+for _name in (
+    "enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file", "recompute_fwd_factor"
+):  # fmt: skip
+    _getter(
+        f"flops_profiler_{_name}",
+        attrgetter(f"flops_profiler_config.{_name}"),
+        f"The config's `flops_profiler.{_name}`.",
+    )
+
+for _name, _feature in (
+    ("autotuning_enabled", "autotuning"),
+    ("curriculum_enabled_legacy", "curriculum learning"),
+    ("curriculum_learning_enabled", "curriculum learning"),
+    ("data_efficiency_enabled", "data efficiency"),
+    ("random_ltd_enabled", "random layer-token drop"),
+):
+    _getter(_name, lambda _config: False, f"Whether {_feature} is on: it is not built.")

@@ -12,6 +12,18 @@ from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils.timer import ThroughputTimer
 
+# The tags of times, and the names of the original's timers.
+_PHASES = {
+    f"Train/Samples/elapsed_time_ms_{tag}": name
+    for tag, name in (
+        ("forward", "fwd"),
+        ("backward", "bwd"),
+        ("backward_inner", "bwd_inner"),
+        ("backward_allreduce", "bwd_allreduce"),
+        ("step", "step"),
+    )
+}
+
 
 class Observation:
     """Watches the steps of one engine. Only rank 0 writes and profiles."""
@@ -22,6 +34,9 @@ class Observation:
         settings = SimpleNamespace(enabled=True, synchronized=False)
         self.throughput = ThroughputTimer(settings, batch_size=config.train_batch_size)
         self.flops_profiler: Any = None
+        # Milliseconds of a step by phase, as the last step line told them.
+        self.phases: dict[str, float] = {}
+        self._breakdown = config.wall_clock_breakdown
         self._settings = config.flops_profiler_config
         self._loss: torch.Tensor | None = None
         self._step = 1
@@ -52,9 +67,12 @@ class Observation:
     def after_step(self, native: _native.Engine, rate: float) -> None:
         """A boundary was passed, with this learning rate."""
         self.throughput.stop(global_step=True)
-        if self.monitor.enabled:
+        if self.monitor.enabled or self._breakdown:
             loss = None if self._loss is None else self._loss.item()
-            self.monitor.write_events(_native.step_metrics(native, rate, loss))
+            events = _native.step_metrics(native, rate, loss)
+            self.monitor.write_events(events)
+            times = {_PHASES[tag]: value for tag, value, _ in events if tag in _PHASES}
+            self.phases = times or self.phases
         if self._profiled and self._step == self._settings.profile_step:
             block = self._settings
             self.flops_profiler.print_model_profile(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import torch
 
 from deepspeed import _native
 from deepspeed._native import DeepSpeedConfigError
+
+# What `initialize` takes in place of an optimizer and of a schedule.
+DeepSpeedOptimizerCallable: TypeAlias = Callable[[Any], torch.optim.Optimizer]
+DeepSpeedSchedulerCallable: TypeAlias = Callable[[torch.optim.Optimizer], Any]
 
 
 def build_optimizer(
@@ -26,7 +30,8 @@ def build_optimizer(
     if client is not None:
         if not callable(client):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a callable, got {type(client).__name__}")
-        return client(parameters)
+        made: Any = client(parameters)
+        return made
     named = config.optimizer_class()
     if named is None or not parameters:
         return None

@@ -18,6 +18,7 @@ __getattr__, __dir__ = attach(
     submodules=("groups", "init_on_device", "logging", "nvtx", "tensor_fragment", "timer", "zero_to_fp32"),
     attributes={
         "OnDevice": "deepspeed.utils.init_on_device",
+        "fragment_address": "deepspeed.utils.tensor_fragment",
         "RepeatingLoader": "deepspeed.runtime.dataloader",
         "instrument_w_nvtx": "deepspeed.utils.nvtx",
         "is_initialized": "deepspeed.comm",

@@ -36,6 +36,10 @@ class TrainedBy:
         # A pickled or copied parameter belongs to no engine.
         return (type(None), ())
 
+    def engine(self) -> Any:
+        """The engine; None when it is gone."""
+        return self._engine()
+
     def native(self) -> _native.Engine:
         """The native engine."""
         found = self._native()

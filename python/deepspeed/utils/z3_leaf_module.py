@@ -77,4 +77,4 @@ def _set_marks(modules: list[torch.nn.Module], leaf: bool) -> None:
             if leaf:
                 parameter.ds_z3_leaf_module = module  # type: ignore[attr-defined]
             elif hasattr(parameter, "ds_z3_leaf_module"):
-                del parameter.ds_z3_leaf_module
+                delattr(parameter, "ds_z3_leaf_module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness import run_outcomes, run_ranks
+from harness import Called, run_calls, run_outcomes, run_ranks
 from original_cases import all_cases, client_state
 from original_model import AFTER, BEFORE, batch, build, client_optimizer, groups, train
 
@@ -83,10 +83,22 @@ def mean_losses(ranks: list[dict[str, Any]]) -> list[float]:
     return [sum(step) / len(step) for step in zip(*(rank["losses"] for rank in ranks), strict=True)]
 
 
+@pytest.fixture(scope="module")
+def went_on(recorded: Path) -> dict[str, Called]:
+    """All cases, by two jobs."""
+    found: dict[str, Called] = {}
+    for world in (1, 2):
+        names = [name for name, case in CASES.items() if case["world"] == world]
+        found |= run_calls(world, {name: (go_on, str(recorded), name, {}, {}) for name in names})
+    return found
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_goes_on_as_the_original_did(recorded: Path, results: dict[str, Any], name: str) -> None:
+def test_a_run_goes_on_as_the_original_did(
+    recorded: Path, results: dict[str, Any], went_on: dict[str, Called], name: str
+) -> None:
     case, tolerance = CASES[name], TOLERANCE[name.split("-")[0]]
-    ours = run_ranks(go_on, case["world"], str(recorded), name, {}, {})
+    ours = went_on[name].check()
     for rank, (got, theirs) in enumerate(zip(ours, results[name], strict=True)):
         steps = 2 * BEFORE if "accumulation" in name else BEFORE
         assert_close(got["losses"], theirs["after"]["losses"], tolerance, f"losses of rank {rank}")
@@ -140,12 +152,26 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "world", "stage", "arguments"), ELSEWHERE)
+@pytest.fixture(scope="module")
+def went_on_elsewhere(recorded: Path) -> dict[int, Called]:
+    """By the number of the case."""
+    found: dict[int, Called] = {}
+    for world in (1, 2, 4):
+        calls = {
+            index: (go_on_elsewhere, str(recorded), name, world, {"zero_optimization": {"stage": stage}}, arguments)
+            for index, (name, its, stage, arguments) in enumerate(ELSEWHERE)
+            if its == world
+        }
+        found |= run_calls(world, calls)
+    return found
+
+
+@pytest.mark.parametrize("index", range(len(ELSEWHERE)), ids=["-".join(map(str, case[:3])) for case in ELSEWHERE])
 def test_it_goes_on_at_another_stage_and_world(
-    recorded: Path, results: dict[str, Any], name: str, world: int, stage: int, arguments: dict[str, Any]
+    results: dict[str, Any], went_on_elsewhere: dict[int, Called], index: int
 ) -> None:
-    changes = {"zero_optimization": {"stage": stage}}
-    ours = run_ranks(go_on_elsewhere, world, str(recorded), name, world, changes, arguments)
+    name, _, _, arguments = ELSEWHERE[index]
+    ours = went_on_elsewhere[index].check()
     theirs = mean_losses([rank["after"] for rank in results[name]])
     assert_close(mean_losses(ours), theirs, TOLERANCE[name.split("-")[0]], "mean losses")
     assert Path(ours[0]["path"]).name == arguments.get("tag", "step3")
@@ -234,12 +260,23 @@ def load_parts(folder: str, name: str, stage: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "stage"), [("bf16-stage3-world2", 0), ("bf16-stage1-world2", 3), ("fp32-stage2-world2", 2)]
-)
-def test_parts_of_a_checkpoint(recorded: Path, name: str, stage: int) -> None:
-    for found in run_ranks(load_parts, 2, str(recorded), name, stage):
-        assert found == dict.fromkeys(found, True)
+def train_and_save(folder: str, name: str) -> None:
+    engine = start(CASES[name], seed=20)
+    train(engine, engine.global_rank, 0, BEFORE)
+    engine.save_checkpoint(os.path.join(folder, name), tag="ours")
+    engine.destroy()
+
+
+def test_parts_of_a_checkpoint(recorded: Path, tmp_path: Path) -> None:
+    theirs = [("bf16-stage3-world2", 0), ("bf16-stage1-world2", 3), ("fp32-stage2-world2", 2)]
+    ours = [("bf16-stage2-world2", 3), ("fp32-stage3-world2", 1)]
+    for saved in run_calls(2, {name: (train_and_save, str(tmp_path), name) for name, _ in ours}).values():
+        saved.check()
+    calls = {("theirs", name, stage): (load_parts, str(recorded), name, stage) for name, stage in theirs}
+    calls |= {("ours", name, stage): (load_parts, str(tmp_path), name, stage) for name, stage in ours}
+    for case, found in run_calls(2, calls).items():
+        for rank in found.check():
+            assert rank == dict.fromkeys(rank, True), case
 
 
 class Note:
@@ -273,28 +310,26 @@ def load_client(folder: str, trust: bool) -> Any:
 
 
 def test_code_in_a_file_is_not_executed(recorded: Path, tmp_path: Path) -> None:
-    name = "fp32-stage1-world1"
-    shutil.copytree(recorded / name, tmp_path / name)
-    file = tmp_path / name / "step3" / "mp_rank_00_model_states.pt"
-    model = torch.load(file, weights_only=False)
+    name, file = "fp32-stage1-world1", "step3/mp_rank_00_model_states.pt"
+    model = torch.load(recorded / name / file, weights_only=False)
     marker = tmp_path / "executed"
-
-    model["note"] = Note("mine")
-    torch.save(model, file)
-    [refused] = run_ranks(load_client, 1, str(tmp_path / name), False)
-    assert "Note" in refused and "trust_client_state" in refused and "untouched" in refused
-    assert run_ranks(load_client, 1, str(tmp_path / name), True) == [("mine", 3)]
-
-    model["note"] = Evil(str(marker))
-    torch.save(model, file)
-    [refused] = run_ranks(load_client, 1, str(tmp_path / name), False)
-    assert "posix.mkdir" in refused and "untouched" in refused
-
+    evil = Evil(str(marker))
+    changes: dict[str, dict[str, Any]] = {"mine": {"note": Note("mine")}, "note": {"note": evil}}
     for key in ("module", "global_steps", "lr_scheduler", "param_shapes"):
-        torch.save({**model, "note": None, key: Evil(str(marker))}, file)
-        [refused] = run_ranks(load_client, 1, str(tmp_path / name), False)
-        assert "posix.mkdir" in refused and "mp_rank_00_model_states.pt" in refused, key
+        changes[key] = {"note": None, key: evil}
+    for change, values in changes.items():
+        shutil.copytree(recorded / name, tmp_path / change)
+        torch.save({**model, **values}, tmp_path / change / file)
+    calls = {change: (load_client, str(tmp_path / change), False) for change in changes}
+    calls["trusted"] = (load_client, str(tmp_path / "mine"), True)
+    found = {key: called.check()[0] for key, called in run_calls(1, calls).items()}
+    assert found.pop("trusted") == ("mine", 3)
+    refused = found.pop("mine")
+    assert "Note" in refused and "trust_client_state" in refused and "untouched" in refused
+    for key, refused in found.items():
+        assert "posix.mkdir" in refused and "untouched" in refused, key
+        assert key == "note" or "mp_rank_00_model_states.pt" in refused, key
     assert not marker.exists()
     # The same file does it when torch is told to trust it.
-    torch.load(file, weights_only=False)
+    torch.load(tmp_path / "note" / file, weights_only=False)
     assert marker.exists()

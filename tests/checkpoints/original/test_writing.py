@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness import run_command, run_ranks
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from harness import run_calls, run_command, run_ranks
 from original_cases import all_cases, client_state
 from original_model import AFTER, BEFORE, train
 from record_original import run_ranks as run_peer
@@ -56,11 +57,27 @@ STAGES = {name: case["config"]["zero_optimization"]["stage"] for name, case in C
 WRITTEN = [name for name in CASES if "elastic" not in name and "bf16-optimizer" not in name]
 
 
-@pytest.mark.parametrize("name", ["bf16-stage2-world2", "fp32-stage3-world2", "fp16-stage2-world2"])
-def test_torch_reads_what_is_written_and_so_do_we(tmp_path: Path, name: str) -> None:
-    after = run_ranks(train_and_save, 2, str(tmp_path / "ours"), name)
-    folder = convert(tmp_path / "ours", tmp_path / "theirs", name)
-    assert (tmp_path / "theirs/latest").read_bytes() == b"ours"
+READ_BACK = ["bf16-stage2-world2", "fp32-stage3-world2", "fp16-stage2-world2"]
+
+
+@pytest.fixture(scope="module")
+def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Any], list[Any]]]:
+    """By case: the folder in the original's layout, how the run went on after the save, and how from that folder."""
+    folder = tmp_path_factory.mktemp("written")
+    ours, theirs = ({name: folder / name / whose for name in READ_BACK} for whose in ("ours", "theirs"))
+    after = run_calls(2, {name: (train_and_save, str(ours[name]), name) for name in READ_BACK})
+    for name in READ_BACK:
+        after[name].check()
+        convert(ours[name], theirs[name], name)
+    again = run_calls(2, {name: (load_and_go_on, str(theirs[name]), name) for name in READ_BACK})
+    return {name: (theirs[name], after[name].check(), again[name].check()) for name in READ_BACK}
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_torch_reads_what_is_written_and_so_do_we(read_back: dict[str, Any], name: str) -> None:
+    theirs, after, again = read_back[name]
+    assert (theirs / "latest").read_bytes() == b"ours"
+    folder = theirs / "ours"
 
     sharded = "stage3" in name
     prefix = "bf16_" if "bf16" in name else ""
@@ -94,7 +111,6 @@ def test_torch_reads_what_is_written_and_so_do_we(tmp_path: Path, name: str) -> 
         assert [part.numel() for part in masters] == sizes[rank]
         assert [base["state"][group]["exp_avg"].numel() for group in (0, 1)] == ([64, 13] if sharded else [64, 12])
 
-    again = run_ranks(load_and_go_on, 2, str(tmp_path / "theirs"), name)
     for rank, (got, expected) in enumerate(zip(again, after, strict=True)):
         assert got["losses"] == expected["losses"]
         assert got["client"] == plain(client_state(rank if sharded else 0))
@@ -129,6 +145,21 @@ def test_the_original_goes_on_from_what_is_written(tmp_path: Path, name: str) ->
     after = run_ranks(train_and_save, CASES[name]["world"], str(tmp_path / "ours"), name)
     convert(tmp_path / "ours", tmp_path / "theirs", name)
     assert_it_went_on(after, peer_goes_on(tmp_path / "theirs", name), name)
+
+
+@PEER
+@pytest.mark.parametrize("name", ["bf16-stage2-world2", "fp32-stage3-world2"])
+def test_the_script_that_the_original_puts_beside_its_checkpoints_runs(
+    recorded: Path,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+) -> None:
+    [script] = Path(os.environ["DS_PEER_VENV"]).glob("lib/python*/site-packages/deepspeed/utils/zero_to_fp32.py")
+    script = shutil.copy(script, tmp_path)
+    run_command([sys.executable, script, recorded / name, tmp_path / "out", "--tag", "step3"]).check()
+    theirs = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
+    ours = get_fp32_state_dict_from_zero_checkpoint(recorded / name)
+    assert set(theirs) == set(ours) and all(torch.equal(theirs[key], ours[key]) for key in ours)
 
 
 @PEER

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,21 @@ def save(
 ) -> dict[str, torch.Tensor]:
     """Saves global_step1 and global_step2; returns the fp32 masters of the second, and frozen parameters, by name."""
     return run_ranks(_train_and_save, world, str(folder), stage, precision, exclude_frozen)[0]
+
+
+_SHARED: dict[tuple[int, int, str, bool], tuple[Path, dict[str, torch.Tensor]]] = {}
+
+
+def saved(
+    world: int = 2, stage: int = 2, precision: str = "bf16", exclude_frozen: bool = False
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """What `save` makes, once for all tests of a process, which leave the folder as it is; and its masters."""
+    key = (world, stage, precision, exclude_frozen)
+    if key not in _SHARED:
+        folder = Path(tempfile.mkdtemp(prefix="saved-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _SHARED[key] = folder, save(folder, *key)
+    return _SHARED[key]
 
 
 def fresh_model(dtype: torch.dtype = torch.float32) -> nn.Module:

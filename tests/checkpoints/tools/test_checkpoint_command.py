@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 
 from harness import run_ranks
-from saved import Model, build, checkpoint_command, config, digest, save, start
+from saved import Model, build, checkpoint_command, config, digest, saved, start
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two() -> Path:
     """global_step1 and global_step2 of two ranks at stage 2 in bf16."""
-    folder = tmp_path_factory.mktemp("two")
-    save(folder)
-    return folder
+    return saved()[0]
 
 
 @pytest.fixture
@@ -196,9 +194,9 @@ def test_a_file_of_that_name_is_a_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (3, 3), (4, 1)])
-def test_any_world_and_stage(tmp_path: Path, world: int, stage: int) -> None:
-    save(tmp_path, world, stage, "fp32")
-    facts = as_json("inspect", tmp_path)["checkpoint"]
+def test_any_world_and_stage(world: int, stage: int) -> None:
+    folder, _ = saved(world, stage, "fp32")
+    facts = as_json("inspect", folder)["checkpoint"]
     assert (facts["world"], facts["stage"]) == (world, stage)
     assert "master" not in facts["kinds"]
-    checkpoint_command("verify", tmp_path).check()
+    checkpoint_command("verify", folder).check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from saved import DEEPSPEED, checkpoint_command, fresh_model, save
+from saved import DEEPSPEED, checkpoint_command, fresh_model, saved
 
 BUFFERS = ("table", "half_table", "seen")
 
@@ -44,10 +45,10 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
     ("world", "stage", "precision"), [(1, 0, "bf16"), (2, 2, "bf16"), (3, 3, "fp16"), (4, 1, "fp32")]
 )
 def test_the_exported_weights_are_the_masters(tmp_path: Path, world: int, stage: int, precision: str) -> None:
-    masters = save(tmp_path / "saves", world, stage, precision)
-    done = checkpoint_command("export", tmp_path / "saves", tmp_path / "whole").check()
+    saves, masters = saved(world, stage, precision)
+    done = checkpoint_command("export", saves, tmp_path / "whole").check()
     assert done.stdout.splitlines()[0] == str(tmp_path / "whole/model.safetensors")
-    checkpoint_command("export", tmp_path / "saves", tmp_path / "parts", "--max-shard-size", "3KB").check()
+    checkpoint_command("export", saves, tmp_path / "parts", "--max-shard-size", "3KB").check()
     parts = sorted(path.name for path in (tmp_path / "parts").iterdir())
     assert len(parts) > 3 and parts[0] == f"model-00001-of-{len(parts) - 1:05}.safetensors"
     model = fresh_model()
@@ -65,8 +66,8 @@ def test_the_exported_weights_are_the_masters(tmp_path: Path, world: int, stage:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_other_dtypes(tmp_path: Path, dtype: str) -> None:
-    masters = save(tmp_path / "saves")
-    checkpoint_command("export", tmp_path / "saves", tmp_path / "out", "--dtype", dtype).check()
+    saves, masters = saved()
+    checkpoint_command("export", saves, tmp_path / "out", "--dtype", dtype).check()
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     tensors = read(tmp_path / "out")
     for name, master in masters.items():
@@ -75,8 +76,8 @@ def test_other_dtypes(tmp_path: Path, dtype: str) -> None:
 
 
 def test_tied_names_are_where_the_libraries_look(tmp_path: Path) -> None:
-    masters = save(tmp_path / "saves", 1)
-    checkpoint_command("export", tmp_path / "saves", tmp_path / "out").check()
+    saves, masters = saved(1, 0)
+    checkpoint_command("export", saves, tmp_path / "out").check()
     with safetensors.safe_open(tmp_path / "out/model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "head.weight": "token.weight"}
     # Both of them are strict: they know that head.weight is token.weight.
@@ -85,7 +86,7 @@ def test_tied_names_are_where_the_libraries_look(tmp_path: Path) -> None:
     assert_same(model.head.weight.data, masters["token.weight"], "safetensors")
     from huggingface_hub import load_torch_model
 
-    checkpoint_command("export", tmp_path / "saves", tmp_path / "parts", "--max-shard-size", "3KB").check()
+    checkpoint_command("export", saves, tmp_path / "parts", "--max-shard-size", "3KB").check()
     for folder in ("out", "parts"):
         model = fresh_model()
         result = load_torch_model(model, tmp_path / folder, strict=False)
@@ -94,31 +95,29 @@ def test_tied_names_are_where_the_libraries_look(tmp_path: Path) -> None:
 
 
 def test_frozen_parameters(tmp_path: Path) -> None:
-    save(tmp_path / "saves", 2)
-    checkpoint_command("export", tmp_path / "saves", tmp_path / "out", "--exclude-frozen").check()
+    checkpoint_command("export", saved()[0], tmp_path / "out", "--exclude-frozen").check()
     assert "frozen_scale" not in read(tmp_path / "out")
-    save(tmp_path / "without", 2, exclude_frozen=True)
-    done = checkpoint_command("export", tmp_path / "without", tmp_path / "other").check()
+    done = checkpoint_command("export", saved(exclude_frozen=True)[0], tmp_path / "other").check()
     assert "saved without 1 frozen parameter(s), and so is the model: `frozen_scale`" in done.stderr
     assert "frozen_scale" not in read(tmp_path / "other")
 
 
 def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
-    save(tmp_path / "saves", 1)
+    saves, _ = saved(1, 0)
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    checkpoint_command("export", tmp_path / "saves", out, "--max-shard-size", "3KB").check()
+    checkpoint_command("export", saves, out, "--max-shard-size", "3KB").check()
     before = sorted(path.name for path in out.iterdir())
-    done = checkpoint_command("export", tmp_path / "saves", out)
+    done = checkpoint_command("export", saves, out)
     assert done.code == 1 and "already exists" in done.stderr and "--overwrite" in done.stderr
     assert sorted(path.name for path in out.iterdir()) == before
-    checkpoint_command("export", tmp_path / "saves", out, "--overwrite").check()
+    checkpoint_command("export", saves, out, "--overwrite").check()
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_damaged_checkpoint_gives_no_model(tmp_path: Path) -> None:
-    save(tmp_path / "saves", 2)
+    shutil.copytree(saved()[0], tmp_path / "saves")
     path = tmp_path / "saves/global_step2/optimizer-rank-00001-of-00002.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
@@ -129,11 +128,11 @@ def test_a_damaged_checkpoint_gives_no_model(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    save(tmp_path / "saves", 1)
+    saves, _ = saved(1, 0)
     limited = ["sh", "-c", 'ulimit -f 4; trap "" XFSZ; exec "$@"', "sh", str(DEEPSPEED), "checkpoint", "export"]
-    done = subprocess.run([*limited, tmp_path / "saves", tmp_path / "out"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*limited, saves, tmp_path / "out"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "File too large" in done.stderr, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["saves"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def _save_something_larger(folder: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saved import save
+from saved import saved
 
 DOCUMENT = Path(__file__).parents[3] / "docs/checkpoint-format.md"
 
@@ -24,11 +24,11 @@ def example() -> str:
 
 @pytest.mark.parametrize(("world", "stage", "precision"), [(1, 0, "fp32"), (3, 2, "bf16"), (2, 3, "fp16")])
 def test_the_example_reads_the_masters(tmp_path: Path, world: int, stage: int, precision: str) -> None:
-    masters = save(tmp_path / "saves", world, stage, precision)
+    saves, masters = saved(world, stage, precision)
     result = tmp_path / "weights.npz"
     program = (
         f"{example()}\nimport sys\n"
-        f"weights = fp32_weights({str(tmp_path / 'saves')!r})\n"
+        f"weights = fp32_weights({str(saves)!r})\n"
         f"numpy.savez({str(result)!r}, **weights)\n"
         "assert weights['head.weight'] is weights['token.weight']\n"
         "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
@@ -47,12 +47,12 @@ def test_the_example_reads_the_masters(tmp_path: Path, world: int, stage: int, p
         assert torch.equal(torch.from_numpy(weights[name]).view(torch.int32), master.view(torch.int32)), name
 
 
-def test_every_field_of_a_manifest_is_in_the_document(tmp_path: Path) -> None:
+def test_every_field_of_a_manifest_is_in_the_document() -> None:
     import json
 
-    save(tmp_path, 2)
+    saves, _ = saved()
     text = DOCUMENT.read_text()
-    manifest = json.loads((tmp_path / "global_step2/manifest.json").read_text())
+    manifest = json.loads((saves / "global_step2/manifest.json").read_text())
     fields = {*manifest, *manifest["params"][0]}
     for file in manifest["files"]:
         fields |= {*file, *(key for part in ("slices", "tensors", "blobs") for it in file.get(part, []) for key in it)}

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
-from saved import DEEPSPEED, checkpoint_command, save
+from saved import DEEPSPEED, checkpoint_command, saved
 
 
 @pytest.mark.parametrize(("world", "stage", "precision"), [(2, 2, "bf16"), (1, 0, "fp32"), (2, 3, "fp16")])
 def test_everything_goes_along(tmp_path: Path, world: int, stage: int, precision: str) -> None:
-    masters = save(tmp_path / "ours", world, stage, precision)
+    ours, masters = saved(world, stage, precision)
     out = tmp_path / "theirs/universal"
     # The namespace that programs for the original pass.
     ds_to_universal(
         Namespace(
-            input_folder=str(tmp_path / "ours/global_step2"),
+            input_folder=str(ours / "global_step2"),
             output_folder=str(out),
             num_extract_workers=1,
             num_merge_workers=1,
@@ -45,20 +45,20 @@ def test_everything_goes_along(tmp_path: Path, world: int, stage: int, precision
     assert int(state["zero_stage"]) == max(stage, 1) and len(state["param_groups"]) == 1
 
     # Read back: the numbers are the same, bit by bit, in both directions.
-    done = checkpoint_command("diff", tmp_path / "ours", out, "--json")
+    done = checkpoint_command("diff", ours, out, "--json")
     assert done.code in (0, 1), done.stderr
     values = json.loads(done.stdout)["differences"]["values"]
     assert [it for it in values if it["kind"] != "weight"] == []
     checkpoint_command("convert", out, tmp_path / "back", "--to", "ours").check()
-    done = checkpoint_command("diff", tmp_path / "ours", tmp_path / "back", "--json")
+    done = checkpoint_command("diff", ours, tmp_path / "back", "--json")
     values = json.loads(done.stdout)["differences"]["values"]
     assert [it for it in values if it["kind"] != "weight"] == []
 
 
 def test_what_is_there_is_replaced_only_if_it_is_one(tmp_path: Path) -> None:
-    save(tmp_path / "ours", 1)
+    ours, _ = saved(1, 0, "fp32")
     out = tmp_path / "universal"
-    convert = ("convert", tmp_path / "ours", out, "--to", "universal")
+    convert = ("convert", ours, out, "--to", "universal")
     checkpoint_command(*convert).check()
     assert "already exists" in checkpoint_command(*convert).stderr
     (out / "zero/stale").mkdir()
@@ -67,12 +67,12 @@ def test_what_is_there_is_replaced_only_if_it_is_one(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("")
-    done = checkpoint_command("convert", tmp_path / "ours", mine, "--to", "universal", "--overwrite")
+    done = checkpoint_command("convert", ours, mine, "--to", "universal", "--overwrite")
     assert done.code == 1 and [path.name for path in mine.iterdir()] == ["thesis.tex"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest_universal", "mine", "ours", "universal"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest_universal", "mine", "universal"]
 
     # The command line of the original's module, whose last act is the native command; a debug build has that elsewhere.
-    arguments = ["ds_to_universal", "--input_folder", str(tmp_path / "ours/global_step1"), "--output_folder", str(out)]
+    arguments = ["ds_to_universal", "--input_folder", str(ours / "global_step1"), "--output_folder", str(out)]
     program = (
         "import sys, runpy; from pathlib import Path; from deepspeed.launcher import _native_command as command\n"
         f"command.find = lambda: Path({str(DEEPSPEED)!r})\n"

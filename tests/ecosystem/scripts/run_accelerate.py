@@ -12,7 +12,14 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    DummyOptim,
+    DummyScheduler,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -32,6 +39,9 @@ def main() -> None:
     parser.add_argument("--save_at", type=int, help="save the state after this many updates")
     parser.add_argument("--resume_from_checkpoint", help="the folder of such a state")
     parser.add_argument("--offload", default="none")
+    parser.add_argument(
+        "--seedable", action="store_true", help="the order of an epoch follows from seed and epoch alone"
+    )
     args = parser.parse_args()
     plugin = None
     if args.ds_config:
@@ -48,6 +58,7 @@ def main() -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         deepspeed_plugin=plugin,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=args.seedable),
         # Without a GPU accelerate wants to be told what its processes talk over.
         kwargs_handlers=None if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")],
     )

@@ -18,4 +18,4 @@ done:*)
     ;;
 deaf:*) trap '' TERM INT ;;
 esac
-while true; do sleep 0.1; done
+while true; do sleep 600; done

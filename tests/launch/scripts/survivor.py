@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import deepspeed
 
-folder, when = sys.argv[2:4]
+folder, when = sys.argv[-2:]
 torch.manual_seed(0)
 model = torch.nn.Linear(8, 1)
 config = {

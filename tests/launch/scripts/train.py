@@ -32,5 +32,5 @@ for step in range(5):
     dist.all_reduce(whole)
     if rank == 0:
         print(f"step {step} loss {whole.item() / world:.6f}", flush=True)
-if rank == 0:
+if rank == 0 and "CROSS_SIZE" in os.environ:
     print(f"{world} ranks on {os.environ['CROSS_SIZE']} hosts of {os.environ['LOCAL_SIZE']}", flush=True)

@@ -1,6 +1,8 @@
 //! A model whose every element has a known value, saved and loaded by any world.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+pub mod faulty;
+
 use std::{
     path::{Path, PathBuf},
     sync::Arc,

@@ -108,6 +108,11 @@ impl Job {
         self.child.id().try_into().unwrap()
     }
 
+    /// What it has said so far.
+    pub(crate) fn err(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.err).unwrap()).into_owned()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         rustix::process::kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
@@ -125,6 +130,14 @@ impl Drop for Job {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// So long on a machine that has nothing else to do: longer where others want its processors, too.
+pub(crate) fn limit(time: Duration) -> Duration {
+    let load = fs::read_to_string("/proc/loadavg").unwrap();
+    let load: f64 = load.split(' ').next().unwrap().parse().unwrap();
+    let cores = std::thread::available_parallelism().unwrap().get();
+    time.mul_f64((load / cores as f64).max(1.0))
 }
 
 /// Waits until there is a value.

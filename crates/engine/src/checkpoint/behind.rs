@@ -276,3 +276,49 @@ fn copy(workers: &Workers, pairs: Vec<CopyPair<'_>>) {
     }
     workers.each(parts, |(from, to)| deepspeed_kernels::copy_past_cache(from, to));
 }
+
+#[cfg(test)]
+mod tests {
+    use deepspeed_checkpoint::{CommitParts, ParamRecord, RankWriter, SliceSource, kind};
+    use deepspeed_core::{ParamSpec, Span};
+
+    use super::*;
+
+    #[test]
+    fn progress_is_told_now_and_then_and_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let draft = Draft::begin(dir.path(), "t", 1).unwrap();
+        let folder = draft.folder().to_owned();
+        let presence = Presence::announce(&folder, 0).unwrap();
+        let spec = ParamSpec { name: "w".into(), shape: vec![3 << 18], dtype: DType::F32, group: 0 };
+        let values = vec![0.5f32; 3 << 18];
+        let mut writer = RankWriter::new(&folder, Rank(0), 1);
+        let data = Span::from(&values[..]);
+        let slice = SliceSource { name: &spec.name, kind: kind::WEIGHT, shape: &spec.shape, offset: 0, data };
+        writer.slice(slice).unwrap();
+        let workers = Workers::new(1).unwrap();
+        let snapshot = writer.snapshot(SnapshotMemory::default(), |pairs| copy(&workers, pairs)).unwrap();
+        let parts = CommitParts {
+            world: 1,
+            stage: 0,
+            dtype: DType::F32,
+            params: vec![ParamRecord::from(&spec)],
+            tied: vec![],
+            state: serde_json::Value::Null,
+            frozen_excluded: false,
+        };
+        let role = Role::First(Box::new(Commit { draft, parts, save_latest: true, keep_last: None }));
+        let save = BackgroundSave::start(presence, snapshot, role).unwrap();
+        assert!(save.wait(Duration::from_secs(60)));
+
+        let now = Instant::now();
+        let mut saving = Saving { save, began: now, stood_still: Duration::from_millis(2), told: now };
+        assert_eq!((saving.progress_line(), saving.status()), (None, Saving::OVER));
+        saving.told = now.checked_sub(TELL_EVERY).unwrap();
+        let line = saving.progress_line().unwrap();
+        assert!(line.contains("/t behind training: 3 of 3 MiB of this rank in "), "{line}");
+        assert_eq!(saving.progress_line(), None);
+        let (_, outcome, line) = saving.finish(false);
+        assert!(outcome.is_ok() && line.ends_with("which stood still for 0.002 s"), "{line}");
+    }
+}

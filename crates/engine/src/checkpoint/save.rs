@@ -3,11 +3,12 @@
 use std::{
     hash::{BuildHasher, RandomState},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use deepspeed_checkpoint::{
     CheckpointError, CommitParts, Draft, HostPart, ParamRecord, RankRecord, RankWriter, Retired, SliceSource,
-    TensorSource, disk::RealDisk, kind, retire,
+    TensorSource, kind, retire,
 };
 use deepspeed_comm::Group;
 use deepspeed_core::{DType, Layout, ParamId, ParamSpec, Rank, Span, SpanMut};
@@ -116,7 +117,12 @@ impl Engine {
         let lead = hosts.lead(group.rank());
         let first = group.rank().index() == lead;
 
-        let draft = if first { Draft::begin(request.dir, &tag, nonce()).map(Some) } else { Ok(None) };
+        let disk = Arc::clone(&self.settings.saving.disk);
+        let draft = if first {
+            Draft::begin_on(Arc::clone(&disk), request.dir, &tag, nonce()).map(Some)
+        } else {
+            Ok(None)
+        };
         let (draft, messages) = agree(group, "checkpoint folder", draft, |draft| {
             let name = draft.as_ref().and_then(|draft| draft.folder().file_name());
             name.map_or_else(Vec::new, |name| name.as_encoded_bytes().to_vec())
@@ -144,9 +150,7 @@ impl Engine {
                 records.iter().map(|bytes| RankRecord::from_bytes(bytes)).collect();
             draft.commit(&records?, self.commit_parts(request), request.save_latest)?;
             let keep = self.settings.saving.keep_last;
-            Ok::<_, CheckpointError>(
-                keep.map(|keep| retire(&RealDisk, request.dir, keep)).unwrap_or_default(),
-            )
+            Ok::<_, CheckpointError>(keep.map(|keep| retire(&*disk, request.dir, keep)).unwrap_or_default())
         });
         let (retired, _) = agree(group, "checkpoint commit", committed.transpose(), |_| Vec::new())?;
         group.set_activity("");
@@ -171,7 +175,8 @@ impl Engine {
         request: &'a SaveRequest<'_>,
     ) -> Result<RankWriter<'a>, CheckpointError> {
         let rank = self.group.rank();
-        let mut writer = RankWriter::new(folder, rank, self.group.world());
+        let disk = Arc::clone(&self.settings.saving.disk);
+        let mut writer = RankWriter::on(disk, folder, rank, self.group.world());
         let names = request.hypers.first().map_or(&[] as &[&str], state_names);
         for unit in &self.layout.units {
             let shard = &self.shards[unit.id.index()];

@@ -2,7 +2,7 @@
 
 use super::examination::{Examination, HostExamination};
 use crate::facts::HostFacts;
-use crate::filters::{Slot, list_slots};
+use crate::resources::filters::{Slot, list_slots};
 use serde::Serialize;
 use std::fmt;
 use std::net::IpAddr;

@@ -27,7 +27,7 @@ pub use judge::{Finding, Level};
 pub(crate) use examiner::Examiner;
 pub(crate) use question::{Answer, Question};
 
-use crate::host_args::HostArgs;
+use crate::arguments::host_args::HostArgs;
 use clap::{Args, ValueHint};
 use std::path::PathBuf;
 

@@ -1,9 +1,9 @@
 //! The hosts of an examination, each behind its connection: questions go out to all, and the answers are awaited together.
 
 use super::question::{Answer, Question};
-use crate::connection::{Connection, Received};
 use crate::error::LaunchError;
-use crate::message::{Hello, Incoming, Order, Report};
+use crate::hosts::connection::{Connection, Received};
+use crate::wire::message::{Hello, Incoming, Order, Report};
 use rustix::event::{PollFd, Timespec};
 use std::ffi::OsString;
 use std::time::{Duration, Instant};

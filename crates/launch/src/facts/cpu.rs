@@ -1,6 +1,6 @@
 //! The processor: what it offers, and which of our kernels run on it.
 
-use crate::surroundings::Surroundings;
+use crate::plan::surroundings::Surroundings;
 use deepspeed_kernels::Isa;
 use serde::{Deserialize, Serialize};
 

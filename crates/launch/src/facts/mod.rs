@@ -12,7 +12,7 @@ pub use gpus::{Gpu, GpuFacts};
 pub use limits::{FileSystemFacts, LimitFacts, MemoryFacts};
 pub use python::{Package, PythonFacts, TorchFacts};
 
-use crate::surroundings::{Surroundings, find_on_path};
+use crate::plan::surroundings::{Surroundings, find_on_path};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! Variables of the environment that change what a job does.
 
-use crate::env_file;
-use crate::surroundings::read_env_files;
+use crate::plan::env_file;
+use crate::plan::surroundings::read_env_files;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,9 @@ from deepspeed.runtime.zero.sharded_parameter import (
     partition_numel,
 )
 from deepspeed.runtime.zero.shared_weights import elements_at
+
+# Bytes of whole parameters that are released while a model is built before the heap is asked to let them go.
+_GIVEN_BACK = 8 << 20
 
 
 class GatheredHome(Home):
@@ -75,11 +79,12 @@ class SlicedHome(Home):
     def __init__(self, group: _native.Group, folder: Path | None):
         self.group = group
         self._folder = folder
+        self._freed = 0
 
     def adopt(self, parameter: torch.nn.Parameter, name: str, dtype: torch.dtype) -> None:
         """Keeps this rank's part of rank 0's values, in `dtype`. Collective."""
         p: Any = parameter
-        p.ds_name, p.ds_pins = name, 0
+        p.ds_name, p.ds_pins, p.ds_part = name, 0, None
         parameter.data = parameter.data.cpu().to(dtype).contiguous()
         mark_sharded(parameter, self)
         self._share(p, 0)
@@ -117,6 +122,11 @@ class SlicedHome(Home):
     def _release(self, p: Any) -> None:
         p.data, p.ds_status = torch.empty(0, dtype=p.dtype), ZeroParamStatus.NOT_AVAILABLE
         p.ds_version = p._version
+        self._freed += p.ds_numel * p.dtype.itemsize
+        if self._freed >= _GIVEN_BACK:
+            # The heap keeps what is freed below something that is not, and would come to hold the whole model.
+            _native.Engine.give_back_freed()
+            self._freed = 0
 
     def check(self, p: Any) -> None:
         """Raises RuntimeError if the program wrote to the parameter while it was released."""
@@ -131,9 +141,12 @@ class SlicedHome(Home):
         self.group.broadcast({p.ds_name: p.data}, writer)
         length = partition_numel(p)
         mine = p.data.view(-1)[self.group.rank * length : (self.group.rank + 1) * length]
-        part = torch.zeros(length, dtype=p.dtype)
+        if p.ds_part is None:
+            p.ds_part = _zeros(length, p.dtype)
+        part = p.ds_part
         part[: mine.numel()] = mine
         if self._folder is not None:
+            p.ds_part = None
             mapped, (address,) = _native.share_draft(_native.Group.alone(), [(p.ds_name, part, p.dtype)], self._folder)
             part = elements_at(address, length, p.dtype, mapped)
         mark_sharded(p, self, part)
@@ -156,7 +169,7 @@ def gather_weights(
             p.ds_home.begin_read([p])
             _native.load_weight(native, number, p.data)
             p.ds_home.end_read([p])
-            p.ds_tensor = torch.empty(0, dtype=p.dtype)  # the engine has this part now
+            p.ds_tensor, p.ds_part = torch.empty(0, dtype=p.dtype), None  # the engine has this part now
     hooks = GatherHooks(native, module, parameters)
     home = GatheredHome(group, hooks)
     own = native.own_tensors()
@@ -199,6 +212,15 @@ def unshare_drafts(module: torch.nn.Module) -> None:
         home: Any = getattr(parameter, "ds_home", None)
         if isinstance(home, SlicedHome):
             home.begin_read([parameter])
+
+
+def _zeros(length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that lasts, apart from the heap: whole parameters come and go there, and parts between them would keep it from
+    shrinking."""
+    size = length * dtype.itemsize
+    if size < mmap.PAGESIZE:
+        return torch.zeros(length, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype)
 
 
 def _part(address: int, length: int, dtype: torch.dtype) -> torch.Tensor:

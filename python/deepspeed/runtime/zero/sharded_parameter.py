@@ -54,9 +54,20 @@ class Home:
 
 
 _ids = itertools.count()
+# What a sharded parameter has beside attributes that begin with `ds_`.
+_OTHER_MARKS = (
+    "is_external_param",
+    "nvme_swapper",
+    "all_gather",
+    "all_gather_coalesced",
+    "partition",
+    "partition_numel",
+    "aligned_size",
+    "padding_size",
+)
 
 
-def mark_sharded(parameter: torch.nn.Parameter, home: Home, part: torch.Tensor | None = None) -> None:
+def mark_sharded(parameter: torch.nn.Parameter, home: Home, part: Any = None) -> None:
     """Gives `parameter` the attributes that clients look for. `part` are the elements that this rank keeps; without it
     the parameter is a view of shared weights."""
     p: Any = parameter
@@ -84,6 +95,12 @@ def mark_sharded(parameter: torch.nn.Parameter, home: Home, part: torch.Tensor |
     p.ds_tensor.ds_numel = part.numel()
     p.ds_tensor.status = ZeroParamStatus.AVAILABLE
     p.ds_tensor.final_location = None
+
+
+def unmark_sharded(parameter: Any) -> None:
+    """Takes `mark_sharded` back."""
+    for name in [name for name in vars(parameter) if name.startswith(("ds_", "_ds_"))] + list(_OTHER_MARKS):
+        delattr(parameter, name)
 
 
 def is_sharded(parameter: Any) -> bool:
