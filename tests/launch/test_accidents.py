@@ -5,7 +5,7 @@
 | rank, agent | they themselves, by SIGKILL |
 | front | the process in front of the agent, which pdsh, mpirun and srun know |
 | daemon | its parent on the host: sshd's session, orted, hydra_pmi_proxy, slurmstepd |
-| ssh client | that of the second host, the launcher's own or that of pdsh and mpirun; Open MPI's ends when its daemon runs, Slurm has none |
+| ssh client | that of the second host, the launcher's own or pdsh's; the daemons of MPI have connections of their own, Slurm needs no ssh |
 | runner | pdsh, mpirun, srun |
 | fails | a rank exits with 7 |
 | stopped rank, silent agent | they get SIGSTOP, and nothing else is heard of them |
@@ -37,7 +37,7 @@ ACCIDENTS = {
     "ssh": (*ON_HOSTS, "ssh client"),
     "pdsh": (*ON_HOSTS, "front", "ssh client", "runner"),
     "openmpi": (*ON_HOSTS, "front", "runner"),
-    "mpich": (*ON_HOSTS, "front", "ssh client", "runner"),
+    "mpich": (*ON_HOSTS, "front", "runner"),
     "slurm": (*ON_HOSTS, "front", "runner"),
 }
 # A host whose agent is gone has its guard to see to what is left, or none of ours: sshd, say, has died with the agent.
@@ -115,14 +115,21 @@ def let_happen(way: Way, what: str, folder: Path) -> Seen:
         return Seen(code, job.text, job.err.read_text(), victim)
 
 
-@pytest.fixture(scope="session")
+_SEEN: dict[str, dict[str, Future[Seen]]] = {}
+
+
+@pytest.fixture
 def accidents(way: Way, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Seen]]:
-    """All that can befall a job by this runner, several jobs at a time: most of their time is waiting."""
-    folder = tmp_path_factory.mktemp(f"accidents-{way.name}")
-    with ThreadPoolExecutor(max_workers=5) as pool:
-        # Those that take longest first.
-        order = sorted(ACCIDENTS[way.name], key=lambda what: what not in ("stopped rank", "silent agent"))
-        return {what: pool.submit(let_happen, way, what, folder / what.replace(" ", "-")) for what in order}
+    """All that can befall a job by this runner: once for each runner, and several jobs at a time, as most of their time is waiting."""
+    if way.name not in _SEEN:
+        folder = tmp_path_factory.mktemp(f"accidents-{way.name}")
+        with ThreadPoolExecutor(max_workers=5) as pool:
+            # Those that take longest first.
+            order = sorted(ACCIDENTS[way.name], key=lambda what: what not in ("stopped rank", "silent agent"))
+            _SEEN[way.name] = {
+                what: pool.submit(let_happen, way, what, folder / what.replace(" ", "-")) for what in order
+            }
+    return _SEEN[way.name]
 
 
 @pytest.mark.parametrize(
