@@ -31,7 +31,7 @@ pub(super) struct ConvertArgs {
     /// deepspeed-0.19, universal: what the model computes in, if not as in the source
     #[arg(long, value_name = "DTYPE")]
     dtype: Option<DType>,
-    /// deepspeed-0.19 with stage 0 in 16 bits: the engine that will load it has an optimizer of torch's (`torch_adam`, or one
+    /// deepspeed-0.19 with stage 0 in 16 bits, and Adagrad: the engine that will load it has an optimizer of torch's (`torch_adam`, or one
     /// that the script builds), or one of the original's own; told by the source's parameter groups unless given
     #[arg(long, value_enum, value_name = "WHOSE")]
     optimizer: Option<Optimizer>,

@@ -40,8 +40,8 @@ pub struct OriginalOptions {
     pub world: usize,
     /// What the model computes in; none for what the source's trained parameters are.
     pub dtype: Option<DType>,
-    /// How optimizer state of 16-bit models is kept at stage 0; none for what the options of the source's parameter groups
-    /// tell: those of torch's optimizers, or others.
+    /// How optimizer state of 16-bit models is kept at stage 0, and what Adagrad's sum is called; none for what the options of
+    /// the source's parameter groups tell: those of torch's optimizers, or others.
     pub state: Option<WholeState>,
 }
 

@@ -37,7 +37,7 @@ pub(super) struct Facts {
     pub(super) updates: i64,
     /// The gradient norm that is not exceeded; 0 where that is not known or not wanted.
     pub(super) clip: f64,
-    /// How a 16-bit model keeps its state at stage 0.
+    /// Whose optimizer it is; so a 16-bit model keeps its state at stage 0.
     pub(super) state: WholeState,
     scaler: Value,
     config: Object,
@@ -104,6 +104,11 @@ impl Facts {
             scaler: state["loss_scaler"].clone(),
             config: config(state, dtype, options),
         })
+    }
+
+    /// What the optimizer that loads it calls a kind of state: the original's own Adagrad has another name for torch's `sum`.
+    pub(super) fn name_of<'a>(&self, kind: &'a str) -> &'a str {
+        if kind == "sum" && self.state == WholeState::Flat { kind::EXP_AVG_SQ } else { kind }
     }
 
     /// The prefix of optimizer files.

@@ -72,7 +72,7 @@ pub(super) fn entry<'a>(
     let mut values = vec![(Object::from("step"), Object::Int(facts.updates))];
     for kind in kinds {
         let tensor = flat(storages, parts, padded, |part| state(source, part, kind));
-        values.push((kind.as_str().into(), tensor));
+        values.push((facts.name_of(kind).into(), tensor));
     }
     Object::Dict(values)
 }

@@ -103,7 +103,7 @@ fn param_plans(
     let master = if source.dtype(name, kind::MASTER).is_some() { kind::MASTER } else { kind::WEIGHT };
     let mut plans = vec![file("fp32", Piece::elements(name, master, 0..numel))];
     for kind in kinds.iter().filter(|kind| source.dtype(name, kind).is_some()) {
-        plans.push(file(kind, Piece::elements(name, kind, 0..numel)));
+        plans.push(file(facts.name_of(kind), Piece::elements(name, kind, 0..numel)));
     }
     if facts.stage < 3 {
         let mut storages = Storages::default();

@@ -66,7 +66,7 @@ fn per_parameter(source: &dyn Source, facts: &Facts, storages: &mut Storages) ->
             let mut values = vec![(Object::from("step"), Object::Int(facts.updates))];
             for kind in &kinds {
                 let tensor = shaped(storages, &part, state(source, &part, kind));
-                values.push((kind.as_str().into(), tensor));
+                values.push((facts.name_of(kind).into(), tensor));
             }
             states.push((number.clone(), Object::Dict(values)));
             numbers.push(number);
