@@ -75,7 +75,14 @@ def test_flags_that_say_how_ranks_run(way: Way, tmp_path: Path) -> None:
     """--module, --bind_cores_to_rank, --venv_script, --save_pid, --no_local_rank, --enable_each_rank_log."""
     shutil.copy(SCRIPTS / "mymodule.py", tmp_path)
     (tmp_path / "activate").write_text(f"export FROM_VENV=yes\nPATH={DEEPSPEED.parent}:$PATH\n")
-    flags = ["--bind_cores_to_rank", "--bind_core_list", "0-1", "--venv_script", "activate", "--save_pid"]
+    flags = [
+        "--bind_cores_to_rank",
+        "--bind_core_list",
+        "0-1",
+        "--venv_script",
+        str(tmp_path / "activate"),
+        "--save_pid",
+    ]
     flags += ["--no_local_rank", "--enable_each_rank_log", str(tmp_path / "logs"), "--module"]
     with Job(way, tmp_path, *flags, "mymodule", "--lr", "0 1", env={"TMPDIR": str(tmp_path)}) as job:
         until = time.monotonic() + 60
