@@ -325,6 +325,9 @@ impl Agent {
         if self.plan.is_some() {
             return Ok(());
         }
+        // Before there is anything to be ended: an agent that is stopped from here on is missed, by the guard, too.
+        let error = |source| LaunchError::System { what: "starting a thread", source };
+        self.outgoing.beat().and_then(|()| self.ranks.beat()).map_err(error)?;
         std::env::set_current_dir(&start.folder)
             .map_err(|source| LaunchError::Folder { folder: start.folder.clone(), source })?;
         let mut surroundings = Surroundings::of_host(start.part.bind_cores)?;
@@ -359,8 +362,7 @@ impl Agent {
             terminals: [None, None],
         })?;
         self.plan = Some(plan);
-        let error = |source| LaunchError::System { what: "starting a thread", source };
-        self.outgoing.beat().and_then(|()| self.ranks.beat()).map_err(error)
+        Ok(())
     }
 
     /// Ends every rank, asking first, and whatever they have left behind.

@@ -44,7 +44,7 @@ const ANSWER: Duration = Duration::from_secs(60);
 /// How often a host is told that the launcher is there.
 const BEAT: Duration = Duration::from_secs(2);
 
-/// A host that says nothing for so long while its ranks run is lost. Its agent says something every second.
+/// A host that says nothing for so long while its ranks start or run is lost. Its agent says something every second.
 const SILENCE: Duration = Duration::from_secs(6);
 
 /// How long the hosts may take to end what is left there: the agent's time from SIGTERM to SIGKILL, and its sweep.
@@ -58,6 +58,8 @@ const WORDING: Wording =
 enum State {
     Connecting,
     Ready,
+    /// It has been told to start its ranks, and says from then on that it lives.
+    Starting,
     Running,
     /// It is of no use, for this reason.
     Gone(String),
@@ -140,9 +142,10 @@ impl Job<'_> {
         for (host, part) in self.hosts.iter_mut().zip(&self.plan.parts) {
             let (part, folder) = (part.clone(), self.plan.folder.clone());
             host.connection.send(&Order::Start(Box::new(Start { part, folder, secret: secret.clone() })));
+            host.state = State::Starting;
         }
         self.until(inbox, "it has not started its ranks", |job| {
-            job.hosts.iter().all(|host| !matches!(host.state, State::Ready))
+            job.hosts.iter().all(|host| !matches!(host.state, State::Starting))
         })?;
         self.refuse_problems()
     }
@@ -223,7 +226,7 @@ impl Job<'_> {
                 for (at, host) in self.hosts.iter_mut().enumerate() {
                     let why = match (&host.state, &self.crossing) {
                         (State::Running | State::Gone(_), _) => continue,
-                        (State::Ready, _) if some_are_missing => continue,
+                        (State::Ready | State::Starting, _) if some_are_missing => continue,
                         (State::Connecting, Some(crossing)) => crossing.why_late(at),
                         _ => None,
                     };
@@ -280,8 +283,10 @@ impl Job<'_> {
         self.tend_crossing();
         if self.now() >= self.beat + BEAT {
             self.beat = self.now();
-            for host in
-                self.hosts.iter_mut().filter(|host| matches!(host.state, State::Ready | State::Running))
+            for host in self
+                .hosts
+                .iter_mut()
+                .filter(|host| matches!(host.state, State::Ready | State::Starting | State::Running))
             {
                 host.connection.send(&Order::Alive);
             }
@@ -298,7 +303,7 @@ impl Job<'_> {
         }
         host.connection.flush();
         let Received { incoming, any, mut problem } = host.connection.receive();
-        if any || !matches!(host.state, State::Running) {
+        if any || !matches!(host.state, State::Starting | State::Running) {
             host.heard = now;
         } else if problem.is_none() && now > host.heard + SILENCE {
             problem = Some(format!("it has said nothing for {} s", SILENCE.as_secs()));
@@ -337,7 +342,7 @@ impl Job<'_> {
         for (host, why) in self.hosts.iter_mut().zip(missing) {
             match host.state {
                 State::Connecting => host.state = State::Gone(why),
-                State::Ready | State::Running => host.state = State::Gone(lost.clone()),
+                State::Ready | State::Starting | State::Running => host.state = State::Gone(lost.clone()),
                 State::Gone(_) => {}
             }
         }
