@@ -9,7 +9,7 @@ SOURCES := $(shell find crates python build_backend -type f \( -name '*.rs' -o -
            Cargo.toml Cargo.lock pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv wheel train test test-rust test-python check check-rust check-python types api format bench clean
+.PHONY: help venv wheel train test test-rust build-tests test-python check check-rust check-python types api format bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test: test-rust test-python ## Run all tests
 
 test-rust: ## Run the Rust tests: no Python, no torch, no GPU
 	cargo test --workspace --quiet
+
+build-tests: check-rust
+	cargo test --workspace --quiet --no-run
 
 test-python: venv ## Run the Python tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests benches $(ARGS)
