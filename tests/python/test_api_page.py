@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ def tool() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "tools/api_reference.py"))
 
 
-def test_the_page_is_what_the_docstrings_say(tool: dict[str, Any]) -> None:
-    page = tool["reference"]()
-    assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == page, "stale: run make api"
+def test_the_page_is_what_the_docstrings_say() -> None:
+    # In a process of its own: torch gives an optimizer's class another `step` once there is an optimizer.
+    command = [sys.executable, ROOT / "tools/api_reference.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_everything_on_the_page_is_documented(tool: dict[str, Any]) -> None:
